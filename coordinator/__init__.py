@@ -1,0 +1,1 @@
+"""The coordinator service. Imports `worker` (to launch it) and `shared`."""

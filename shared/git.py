@@ -1,0 +1,148 @@
+"""Repo: the only place that runs git (through GitPython).
+
+Invariants: hooks, fsmonitor, signing and automatic gc are off for every call, whatever the user's or the repository's
+configuration says; commits carry the machine's name, not the user's.
+NOT covered: nothing here decides what to commit or reset; see worker/workspace.py.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import git as gitpython
+
+from .errors import SwarmError
+
+_SAFE = (
+    "core.hooksPath=/dev/null",
+    "core.fsmonitor=false",
+    "commit.gpgSign=false",
+    "gc.auto=0",
+    "core.autocrlf=false",
+    "advice.detachedHead=false",
+)
+
+
+#: Set by a git that runs us (a hook, `git rebase --exec`); they would point our calls at the caller's repository.
+_CALLERS = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_OBJECT_DIRECTORY", "GIT_COMMON_DIR", "GIT_PREFIX")
+
+
+def forget_caller() -> None:
+    """Drops the variables of a git that started this process; the command line calls it once."""
+    for name in _CALLERS:
+        os.environ.pop(name, None)
+
+
+class GitError(SwarmError):
+    """git refused; the message holds the command and git's last words."""
+
+
+class Repo:
+    """A working tree (or bare repository) and the git calls we make in it."""
+
+    def __init__(self, path: Path, author: str = "swarm") -> None:
+        self.path = path
+        self._author = author
+        self._git = gitpython.Git(str(path))
+
+    def run(self, *arguments: str, date: str | None = None, strip: bool = True) -> str:
+        """Runs git and returns its output. `date` fixes author and committer time. Raises GitError."""
+        environment = {
+            "GIT_AUTHOR_NAME": self._author,
+            "GIT_AUTHOR_EMAIL": f"{self._author}@swarm",
+            "GIT_COMMITTER_NAME": self._author,
+            "GIT_COMMITTER_EMAIL": f"{self._author}@swarm",
+            "GIT_TERMINAL_PROMPT": "0",
+            "LC_ALL": "C",
+        }
+        if date is not None:
+            environment |= {"GIT_AUTHOR_DATE": date, "GIT_COMMITTER_DATE": date}
+        command = ["git", *(part for setting in _SAFE for part in ("-c", setting)), *arguments]
+        try:
+            output = self._git.execute(command, env=environment, strip_newline_in_stdout=strip, with_exceptions=True)
+        except gitpython.exc.GitCommandNotFound:
+            raise GitError("git is not installed or not on PATH") from None
+        except gitpython.exc.GitCommandError as error:
+            words = str(error.stderr or error.stdout).strip().removeprefix("stderr: ").strip("' \n")
+            raise GitError(f"git {' '.join(arguments[:3])} in {self.path}: {words}") from None
+        return str(output)
+
+    # -- looking
+
+    def head(self) -> str:
+        return self.run("rev-parse", "HEAD")
+
+    def resolve(self, revision: str) -> str | None:
+        """The commit's hash, or None where there is none."""
+        try:
+            return self.run("rev-parse", "--verify", "--quiet", f"{revision}^{{commit}}")
+        except GitError:
+            return None
+
+    def top(self) -> Path | None:
+        """The working tree's root, or None outside any repository."""
+        try:
+            return Path(self.run("rev-parse", "--show-toplevel"))
+        except GitError:
+            return None
+
+    def show(self, revision: str, path: str) -> str:
+        """A file's text at a revision, newlines kept."""
+        return self.run("show", f"{revision}:{path}", strip=False)
+
+    def diff(self, before: str, after: str, paths: Sequence[str] = ()) -> str:
+        return self.run("diff", "--no-color", "--no-ext-diff", before, after, "--", *paths)
+
+    def changed_paths(self) -> list[str]:
+        """Paths that differ from HEAD or are untracked and not ignored, relative to the root."""
+        fields = self.run("status", "--porcelain", "-z", "--untracked-files=all", "--no-renames").split("\0")
+        return [field[3:] for field in fields if field]
+
+    # -- changing
+
+    def commit(self, paths: Sequence[str], message: str) -> str:
+        """Commits these paths, nothing else; an unchanged tree is committed too. Returns the hash."""
+        self.run("add", "--force", "--", *paths)
+        self.run("commit", "--quiet", "--allow-empty", "--no-verify", "-m", message, "--", *paths)
+        return self.head()
+
+    def amend(self, paths: Sequence[str], date: str) -> str:
+        """Folds paths into HEAD, keeping its message; the same content and date give the same hash again."""
+        self.run("add", "--force", "--", *paths)
+        self.run(
+            "commit", "--quiet", "--amend", "--no-edit", "--no-verify", "--allow-empty", f"--date={date}", date=date
+        )
+        return self.head()
+
+    def reset_hard(self, revision: str) -> None:
+        self.run("reset", "--quiet", "--hard", revision)
+
+    def link(self, ref: str, commit: str, parents: Sequence[str], message: str) -> str:
+        """Points `ref` at a new commit with `commit`'s tree and these parents."""
+        flags = [part for parent in parents for part in ("-p", parent)]
+        new = self.run("commit-tree", f"{commit}^{{tree}}", *flags, "-m", message)
+        self.run("update-ref", ref, new)
+        return new
+
+    def exclude(self, pattern: str) -> None:
+        """Ignores a pattern in this clone only, without touching any .gitignore."""
+        path = Path(self.run("rev-parse", "--path-format=absolute", "--git-path", "info/exclude"))
+        lines = path.read_text().splitlines() if path.exists() else []
+        if pattern not in lines:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("\n".join([*lines, pattern]) + "\n")
+
+
+def init(path: Path, author: str = "swarm") -> Repo:
+    path.mkdir(parents=True, exist_ok=True)
+    repo = Repo(path, author)
+    repo.run("init", "--quiet", "--initial-branch=main")
+    return repo
+
+
+def clone(source: Path, path: Path, author: str = "swarm") -> Repo:
+    """A full copy of a local repository; objects are copied, the source is never written to."""
+    Repo(source).run("clone", "--quiet", "--no-hardlinks", str(source), str(path.absolute()))
+    return Repo(path, author)

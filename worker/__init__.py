@@ -1,0 +1,1 @@
+"""One machine's ratchet loop: propose, commit, run, decide, keep or reset. Imports `shared` only."""

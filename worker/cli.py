@@ -1,0 +1,337 @@
+"""`swarm`: the command line. Thin: checks what was typed, calls, prints. Exit codes: shared/errors.py."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import signal
+import sys
+import tempfile
+import threading
+from dataclasses import asdict
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Table
+from rich.text import Text
+
+from shared import git
+from shared.errors import AlreadyThere, BadInput, SwarmError
+
+from . import campaign as campaigns
+from . import preparing, results
+from .campaign import Campaign
+from .journal import Journal
+from .loop import BaselineFailed
+from .machine import MachineProfile, detect
+from .plot import plot as draw
+from .screen import TerminalScreen
+from .setup import Setup, latest_state, locked, propose_tag
+
+app = typer.Typer(
+    help="Autoresearch on your own machines: an agent edits, a fixed-budget run scores, git keeps the gain.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 200)
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+Here = Annotated[Path, typer.Option("--dir", "-C", help="The campaign's task directory.", show_default="here")]
+DEMO_EXPERIMENTS = 10
+
+
+def main() -> None:
+    """The entry point: messages instead of tracebacks for what a person can mend."""
+    git.forget_caller()
+    try:
+        app(standalone_mode=False)
+    except SwarmError as error:
+        print(f"swarm: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except typer.Exit as leave:
+        sys.exit(leave.exit_code)
+    except (typer.Abort, KeyboardInterrupt):
+        print("swarm: stopped", file=sys.stderr)
+        sys.exit(130)
+    except Exception as error:
+        if hasattr(error, "show") and hasattr(error, "exit_code"):  # click's own usage errors
+            error.show()
+            sys.exit(error.exit_code)
+        raise
+
+
+def _say(as_json: bool, value: dict[str, Any], text: str) -> None:
+    print(json.dumps(value) if as_json else text)
+
+
+@app.command()
+def init(
+    directory: Annotated[Path, typer.Argument(help="The new campaign directory.")],
+    source: Annotated[Path | None, typer.Option("--from", help="An existing repository to adopt as it is.")] = None,
+    profile: Annotated[str, typer.Option(help="Constants for the hardware: h100, apple or tiny.")] = "tiny",
+    backend: Annotated[str, typer.Option(help="Which train template: torch.")] = "torch",
+    data: Annotated[Path | None, typer.Option(help="A folder of parquet shards with a `text` column.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Make a campaign: from the template, or from an existing repository (which is copied, never written to)."""
+    if source is not None:
+        made = campaigns.adopt(directory, source)
+    else:
+        made = campaigns.create(directory, profile, backend, preparing.register_data(data) if data else "sotu")
+    _say(
+        as_json,
+        {"directory": str(made.folder), "task": made.task.name},
+        f"campaign {made.task.name!r} in {made.folder}\nnext: cd {made.folder} && swarm run",
+    )
+
+
+@app.command()
+def prepare(
+    profile: Annotated[str | None, typer.Option(help="Another profile than the task's.")] = None,
+    data: Annotated[Path | None, typer.Option(help="A folder of parquet shards; its name must be the task's.")] = None,
+    here: Here = Path(),
+    as_json: Json = False,
+) -> None:
+    """Make tokenizer and packed rows for this campaign. Resumable; quick when they are there."""
+    campaign = Campaign.open(here)
+    task = campaign.task
+    name = profile or task.profile
+    if name is None:
+        raise BadInput(f"{here}: this task has no `profile`, so it brings its own data; nothing to prepare")
+    if data is not None and (given := preparing.register_data(data)) != task.data:
+        raise BadInput(
+            f"--data {data}: is {given!r}, the task's data is {task.data!r}; set `data: {given}` in the task"
+        )
+    made = _prepare(campaign, name)
+    _say(
+        as_json,
+        asdict(made),
+        f"{made.train_rows} training rows ({made.lost_train:.1%} of the tokens lost in packing), "
+        f"{made.validation_rows} validation rows ({made.lost_validation:.1%} lost)\n"
+        f"rows   {made.rows}\ndigest {made.digest}",
+    )
+
+
+def _prepare(campaign: Campaign, profile: str) -> preparing.Prepared:
+    with _Bar() as bar:
+        return preparing.prepare(campaign.folder, campaign.task, profile, bar.update)
+
+
+class _Bar:
+    """A progress bar for data preparation, on a terminal only; errors and results go elsewhere."""
+
+    def __init__(self) -> None:
+        self._progress = Progress(
+            TextColumn("{task.description:<10}"),
+            BarColumn(),
+            TextColumn("{task.completed}/{task.total}"),
+            console=Console(stderr=True),
+            transient=True,
+        )
+        self._tasks: dict[str, Any] = {}
+
+    def __enter__(self) -> _Bar:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def update(self, stage: str, done: int, of: int) -> None:
+        if stage not in self._tasks:
+            self._tasks[stage] = self._progress.add_task(stage, total=of)
+        self._progress.update(self._tasks[stage], completed=done, total=of)
+
+
+@app.command()
+def run(
+    experiments: Annotated[
+        int | None, typer.Option(min=0, help="Stop after so many experiments; for ever if left out.")
+    ] = None,
+    tag: Annotated[str | None, typer.Option(help="The run's tag; by default the latest, or a new one by date.")] = None,
+    name: Annotated[str | None, typer.Option(help="This machine's name; by default the host's.")] = None,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask before going on by itself.")] = False,
+    here: Here = Path(),
+) -> None:
+    """Research: set up where needed, run the baseline, then try ideas until Ctrl-C. A second call resumes."""
+    campaign = Campaign.open(here)
+    machine = detect(name)
+    if not yes and not sys.stdin.isatty():
+        raise BadInput("standard input is no terminal, so nobody can be asked; say --yes to go on without asking")
+    if tag is None:
+        latest = latest_state(campaign, machine.name)
+        tag = latest.name.removesuffix(f"-{machine.name}") if latest else None
+    tag = tag or propose_tag(campaign, machine.name, datetime.date.today())
+    _research(campaign, machine, tag, experiments, yes)
+
+
+def _research(campaign: Campaign, machine: MachineProfile, tag: str, experiments: int | None, yes: bool) -> None:
+    setup = Setup(campaign, machine, tag)
+    stop = threading.Event()
+    _stop_on_signals(stop)
+    console.print(f"{setup.branch} on {machine.accelerator or machine.chip} ({machine.machine_class})")
+    screen = TerminalScreen(console, campaign.task)
+    with locked(setup.state):
+        with _Bar() as bar:
+            loop, journal = setup.loop(screen, stop, bar.update)
+        if setup.prepared:
+            console.print(
+                f"data {campaign.task.data}: {setup.prepared.train_rows} rows, {setup.prepared.lost_train:.1%} lost"
+            )
+        try:
+            with screen:
+                loop.establish()
+        except BaselineFailed:
+            print(journal.experiments[0].tail, file=sys.stderr)
+            setup.undo()
+            raise
+        if not stop.is_set() and (yes or _approved(journal)):
+            with screen:
+                loop.go(experiments)
+        journal.close()
+    if standing := results.standing(journal, campaign.task):
+        console.print(_summary(standing, campaign))
+
+
+def _approved(journal: Journal) -> bool:
+    """Asks once in a campaign's life (reference, set-up step 7)."""
+    if journal.approved:
+        return True
+    if typer.confirm("The baseline is in. Go on by itself from here?", default=True):
+        journal.append("approved")
+        return True
+    return False
+
+
+def _stop_on_signals(stop: threading.Event) -> None:
+    def handle(number: int, frame: FrameType | None) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+
+    signal.signal(signal.SIGINT, handle)
+    signal.signal(signal.SIGTERM, handle)
+
+
+def _summary(standing: results.Standing, campaign: Campaign) -> str:
+    return (
+        f"{campaign.task.metric} {standing.best:.6f} (mean of {standing.best_runs}), baseline {standing.baseline:.6f}, "
+        f"{standing.gain_sigmas:+.1f} sigma of {standing.sigma:.4f}; "
+        f"{standing.keeps} of {standing.experiments} experiments kept"
+    )
+
+
+def _journal(here: Path) -> tuple[Campaign, Journal, Path]:
+    campaign = Campaign.open(here)
+    state = latest_state(campaign, None)
+    journal = Journal(state / "journal.jsonl") if state else None
+    if state is None or journal is None or journal.head is None:
+        raise BadInput(f"{here}: nothing has been run here yet; start with `swarm run`")
+    journal.close()
+    return campaign, journal, state
+
+
+@app.command(name="results")
+def show_results(here: Here = Path(), as_json: Json = False) -> None:
+    """Every experiment so far, and where that leaves us."""
+    campaign, journal, _ = _journal(here)
+    standing = results.standing(journal, campaign.task)
+    assert standing is not None
+    if as_json:
+        print(json.dumps({"standing": asdict(standing), "experiments": results.to_dicts(journal.experiments)}))
+        return
+    table = Table(box=None, pad_edge=False)
+    for column in ("#", "commit", campaign.task.metric, "runs", "GiB", "status", "description", "why"):
+        table.add_column(column, justify="right" if column in ("#", campaign.task.metric, "runs", "GiB") else "left")
+    for e in journal.experiments:
+        if e.status is None:
+            continue
+        cells = [
+            str(e.number),
+            e.tested[:7],
+            "-" if e.score is None else f"{e.score:.6f}",
+            str(len(e.runs)),
+            f"{e.runs[0].memory_gb:.1f}",
+            str(e.status),
+            results.one_line(e.description),
+            e.reason,
+        ]
+        table.add_row(*(Text(cell) for cell in cells), style="green" if e.status == "keep" else "")
+    console.print(table)
+    console.print(_summary(standing, campaign))
+
+
+@app.command()
+def plot(
+    out: Annotated[Path, typer.Option(help="Where to; .png, .svg or .pdf.")] = Path("progress.png"),
+    here: Here = Path(),
+    as_json: Json = False,
+) -> None:
+    """Draw the progress picture: all experiments, keeps labelled, the running best as a staircase."""
+    if out.suffix not in (".png", ".svg", ".pdf"):
+        raise BadInput(f"--out {out}: end it in .png, .svg or .pdf")
+    campaign, journal, state = _journal(here)
+    draw(journal.experiments, campaign.task, f"{campaign.task.name}, {state.name}", out)
+    _say(as_json, {"plot": str(out.resolve())}, f"plot {out.resolve()}")
+
+
+@app.command()
+def best(
+    out: Annotated[Path, typer.Option(help="File to write (one mutable file), or directory (several).")],
+    here: Here = Path(),
+    as_json: Json = False,
+) -> None:
+    """Write out the best code so far."""
+    campaign, journal, _ = _journal(here)
+    assert journal.head is not None and journal.head.kept is not None
+    repo, prefix = git.Repo(campaign.root), f"{campaign.prefix}/" if campaign.prefix else ""
+    names = campaign.task.mutable_files
+    one_file = len(names) == 1 and not out.is_dir()
+    targets = {name: out if one_file else out / name for name in names}
+    for target in targets.values():
+        if target.exists():
+            raise AlreadyThere(f"{target}: exists; name another file")
+    for name, target in targets.items():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(repo.show(journal.head.kept, prefix + name).encode())
+    standing = results.standing(journal, campaign.task)
+    assert standing is not None
+    _say(
+        as_json,
+        {"files": [str(target) for target in targets.values()], "score": standing.best, "commit": journal.head.kept},
+        f"{', '.join(map(str, targets.values()))}: {campaign.task.metric} {standing.best:.6f}, {journal.head.kept[:7]}",
+    )
+
+
+@app.command()
+def demo(
+    experiments: Annotated[int, typer.Option(min=1, help="How many ideas to try.")] = DEMO_EXPERIMENTS,
+) -> None:
+    """The whole thing on this computer, in a new temporary directory: prepare, baseline, ideas, table, picture."""
+    folder = Path(tempfile.mkdtemp(prefix="swarm-demo-")) / "demo"
+    campaign = campaigns.create(folder, "tiny", "torch", "sotu")
+    made = _prepare(campaign, "tiny")
+    console.print(f"campaign in {folder}; {made.train_rows} rows packed, {made.lost_train:.1%} of the tokens lost")
+    machine = detect()
+    _research(campaign, machine, propose_tag(campaign, machine.name, datetime.date.today()), experiments, yes=True)
+    show_results(folder, as_json=False)
+    picture = folder / "progress.png"
+    plot(picture, folder, as_json=False)
+    console.print(f"the research log: git -C {folder} log {Setup(campaign, machine, _only_tag(campaign)).branch}")
+
+
+def _only_tag(campaign: Campaign) -> str:
+    state = latest_state(campaign, None)
+    assert state is not None
+    return str(Journal(state / "journal.jsonl").setup["tag"])
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("PYTHONUNBUFFERED", "1")
+    main()

@@ -1,0 +1,245 @@
+"""The ratchet loop of one machine, whole: propose -> commit -> run -> decide -> keep or reset, for ever.
+
+(Reference, "The Experiment Loop".) Each step is made durable in the journal before the next one starts, so a kill at
+any moment loses at most the run in progress, and that run is made again. HEAD of the branch is always the last keep.
+"""
+
+from __future__ import annotations
+
+import secrets
+import shutil
+import threading
+import uuid
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Protocol
+
+from shared.errors import BadInput
+from shared.task import TaskSpec
+from shared.wire import Status
+
+from . import ratchet, results
+from .journal import Experiment, Journal
+from .proposers import Proposal, Proposer
+from .ratchet import Decision, Policy, Trial
+from .runner import Deadlines, Expected, Interrupted, Order, Progress, RunOutcome, end_strays, run
+from .workspace import Workspace
+
+
+class BaselineFailed(BadInput):
+    """The unmodified code gave no score; there is nothing to climb from."""
+
+
+class Screen(Protocol):
+    """Who watches. Every call is a fact that is already in the journal, but for progress."""
+
+    def started(self, experiment: Experiment) -> None: ...
+    def progress(self, progress: Progress) -> None: ...
+    def decided(self, experiment: Experiment, standing: results.Standing | None) -> None: ...
+    def note(self, text: str) -> None: ...
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What every run of this loop is held to."""
+
+    deadlines: Deadlines
+    memory_limit_gb: float
+    environment: Mapping[str, str]
+    expected: Expected | None  #: set where our prepare measures the score
+
+
+class Loop:
+    """One machine's loop over one branch."""
+
+    def __init__(
+        self,
+        task: TaskSpec,
+        workspace: Workspace,
+        journal: Journal,
+        proposer: Proposer,
+        limits: Limits,
+        state: Path,
+        screen: Screen,
+        stop: threading.Event,
+    ) -> None:
+        """`state` is the folder for logs and the record, outside the worktree."""
+        self._task, self._workspace, self._journal, self._proposer = task, workspace, journal, proposer
+        self._limits, self._state, self._screen, self._stop = limits, state, screen, stop
+        settings = task.ratchet
+        self._policy = Policy(
+            settings.policy,
+            settings.rerun_after,
+            settings.sigma_per_node,
+            settings.sigma_per_gb,
+            settings.equal_within,
+            task.sign,
+            positive=task.metric.endswith("bpb"),
+        )
+
+    # -- the story
+
+    def establish(self) -> None:
+        """Picks up what a kill left, then makes sure of the baseline. Raises BaselineFailed."""
+        try:
+            self._recover()
+            if self._journal.head is None and not self._journal.experiments:
+                self._try(Proposal("baseline", {}, "baseline", {}, self._proposer.params(self._workspace.files())))
+            if self._journal.head is None:
+                last = self._journal.experiments[0]
+                raise BaselineFailed(f"the baseline gave no score: {last.reason}")
+            while len(self._journal.experiments[0].runs) < self._task.ratchet.baseline_runs:
+                if len(self._journal.experiments) > 1:
+                    break  # HEAD has moved on
+                self._rerun()
+        except Interrupted:
+            self._void("stopped by hand")
+
+    def go(self, experiments: int | None) -> None:
+        """Tries ideas until stopped, or until so many experiments more are decided."""
+        until = None if experiments is None else len(self._journal.experiments) + experiments
+        try:
+            while not self._stop.is_set() and (until is None or len(self._journal.experiments) < until):
+                if ratchet.rerun_due(self._journal.since_rerun, self._policy):
+                    self._rerun()
+                    continue
+                proposal = self._proposer.propose(self._workspace.files(), self._journal.experiments)
+                if proposal is None:
+                    self._screen.note(f"{self._proposer.name} has nothing left to try; widen search_space")
+                    return
+                self._try(proposal)
+        except Interrupted:
+            self._void("stopped by hand")
+
+    # -- its steps
+
+    def _try(self, proposal: Proposal) -> None:
+        """One experiment, from proposal to verdict."""
+        identity = str(uuid.uuid4())
+        base = self._journal.setup["base"]
+        committed = self._workspace.commit(proposal.files, results.one_line(proposal.description), identity, base)
+        if committed.strays:
+            self._screen.note(f"{proposal.proposer} touched {', '.join(committed.strays)}: restored")
+        self._journal.append(
+            "experiment",
+            id=identity,
+            number=len(self._journal.experiments),
+            tested=committed.commit,
+            description=proposal.description,
+            proposer=proposal.proposer,
+            edits=dict(proposal.edits),
+            params=dict(proposal.params),
+            nodes_added=committed.nodes_added,
+            code_state=committed.code_state,
+        )
+        self._finish(self._journal.experiments[-1])
+
+    def _finish(self, experiment: Experiment) -> None:
+        """Runs, judges and files an experiment whose commit T is checked out."""
+        self._screen.started(experiment)
+        outcome = self._run(experiment)
+        decision = self._judge(experiment, outcome)
+        self._journal.append("decision", experiment=experiment.id, status=decision.status, reason=decision.reason)
+        self._file(experiment)
+        self._screen.decided(experiment, results.standing(self._journal, self._task))
+
+    def _run(self, experiment: Experiment) -> RunOutcome:
+        run_id = str(uuid.uuid4())
+        order = Order(
+            self._task.run_command,
+            self._workspace.task_dir,
+            self._task.metric,
+            self._task.eval_command,
+            self._limits.deadlines,
+            self._limits.environment,
+            run_id,
+            secrets.randbelow(2**31),
+            self._state / "record.jsonl",
+            self._limits.memory_limit_gb,
+            self._limits.expected,
+        )
+        outcome = run(order, self._stop, self._screen.progress)
+        if outcome.status is None and self._workspace.immutable_changed():
+            outcome = replace(outcome, status=Status.CRASH, score=None, reason="it changed an immutable file")
+        logs = self._state / "logs"
+        logs.mkdir(exist_ok=True)
+        shutil.copyfile(order.cwd / "run.log", logs / f"{experiment.number:05d}-{run_id[:8]}.log")
+        fields = {name: value for name, value in asdict(outcome).items() if name != "status"}
+        self._journal.append("run", experiment=experiment.id, run=run_id, status=outcome.status, **fields)
+        return outcome
+
+    def _judge(self, experiment: Experiment, outcome: RunOutcome) -> Decision:
+        if outcome.status is not None or outcome.score is None:
+            return Decision(outcome.status or Status.CRASH, outcome.reason)
+        if self._journal.head is None:
+            trial = Trial(outcome.score, outcome.memory_gb, 0, None)
+            verdict = ratchet.decide(ratchet.Best((outcome.score,), outcome.memory_gb), trial, 1.0, self._policy)
+            return verdict if verdict.status is Status.CRASH else Decision(Status.KEEP, "the baseline")
+        trial = Trial(outcome.score, outcome.memory_gb, experiment.nodes_added, outcome.trained_share)
+        sigma = results.noise_floor(self._journal, self._task)
+        return ratchet.decide(self._journal.best(), trial, sigma, self._policy)
+
+    def _file(self, experiment: Experiment) -> None:
+        """Advances the branch to a keep, or resets it. Safe to repeat after a kill."""
+        rows = results.to_tsv(self._journal.experiments, self._task.metric)
+        if experiment.status is Status.KEEP:
+            message = (
+                f"experiment: {results.one_line(experiment.description)}\n\n"
+                f"{self._task.metric}: {experiment.score:.6f}, {experiment.reason}\n\nExperiment-Id: {experiment.id}"
+            )
+            kept = self._workspace.keep(rows, message, experiment.decided_at)
+            self._journal.append("kept", experiment=experiment.id, commit=kept)
+        self._workspace.reset(self._head_commit(), rows)
+
+    def _rerun(self) -> None:
+        """HEAD's code once more: its level is the mean of its runs, so luck wears off."""
+        head = self._journal.head
+        assert head is not None
+        self._screen.note(f"running HEAD again ({head.description})")
+        outcome = self._run(head)
+        self._workspace.reset(self._head_commit(), results.to_tsv(self._journal.experiments, self._task.metric))
+        level = "no score" if outcome.score is None else f"{outcome.score:.6f}"
+        self._screen.note(f"HEAD again: {level}; mean of its {len(head.scores)} runs is the level to beat")
+
+    # -- after an interruption
+
+    def _recover(self) -> None:
+        """Ends what is left of a killed worker's run and brings branch, worktree and journal back in step."""
+        if strays := end_strays(None, self._workspace.root):
+            self._screen.note(f"ended {strays} processes of an earlier run")
+        rows = results.to_tsv(self._journal.experiments, self._task.metric)
+        pending = self._journal.pending
+        if pending is None:
+            self._workspace.reset(self._head_commit(), rows)
+            return
+        self._workspace.reset(pending.tested, rows)
+        if pending.status is Status.KEEP:
+            self._file(pending)
+        elif pending.runs:
+            last = pending.runs[-1]
+            status = None if last.score is not None else Status(last.status or Status.CRASH)
+            outcome = RunOutcome(
+                status, last.score, last.reason, last.memory_gb, last.seconds, last.seed, None, last.trained_share
+            )
+            decision = self._judge(pending, outcome)
+            self._journal.append("decision", experiment=pending.id, status=decision.status, reason=decision.reason)
+            self._file(pending)
+            self._screen.decided(pending, results.standing(self._journal, self._task))
+        else:
+            self._void("the worker ended during the run")
+            self._screen.note(f"running again: {pending.description}")
+            self._workspace.reset(pending.tested, rows)
+            self._finish(pending)
+
+    def _void(self, reason: str) -> None:
+        """The run in progress does not count; its experiment is tried again at the next start."""
+        pending = self._journal.pending
+        self._journal.append("void", experiment=pending.id if pending else None, status=Status.VOID, reason=reason)
+        self._workspace.reset(self._head_commit(), results.to_tsv(self._journal.experiments, self._task.metric))
+        if pending:
+            self._screen.note(f"{reason}: {pending.description} will be tried again")
+
+    def _head_commit(self) -> str:
+        head = self._journal.head
+        return head.kept if head and head.kept else str(self._journal.setup["base"])
