@@ -1,8 +1,8 @@
 """The ratchet: keep or not, as a pure function (reference, "Decision Framework").
 
 A score is held against the MEAN of the runs of HEAD's code (policy `rerun-best`) or against the score that HEAD was
-kept with (`strict`). "Lower" means lower by more than the gain that added complexity and memory ask for, which is 0 when
-neither grew; "equal" means within `equal_within` sigmas. docs/ratchet.md derives the numbers.
+kept with (`strict`). "Lower" means lower by more than the gain that added complexity and memory ask for, which is 0
+when neither grew; "equal" means within `equal_within` sigmas. docs/ratchet.md derives the numbers.
 """
 
 from __future__ import annotations

@@ -165,8 +165,8 @@ def evaluate_bpb(model: Callable[[torch.Tensor], torch.Tensor], tokenizer: Token
     """The run's score: bits per byte over the campaign's fixed validation rows. Once per run.
 
     `model(inputs)` takes int64 (batch, seq_len) and returns logits (batch, seq_len, >= vocab_size); the loss is
-    computed here. The rows do not depend on batch_size; a batch that does not fit in memory is tried again at half the size.
-    Ends training: what the clock and the runner measure stops here.
+    computed here. The rows do not depend on batch_size; a batch that does not fit in memory is tried again at half the
+    size. Ends training: what the clock and the runner measure stops here.
     Raises MetricError for a model that looks ahead, returns no logits, or scores non-finite; RuntimeError the second
     time (choosing among several scores would be choosing on the validation rows).
     """
