@@ -72,6 +72,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="so many steps instead of seconds")
     parser.add_argument("--seeds", default="42")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a constant of train.py")
+    parser.add_argument("--untimed", type=int, help="steps before the clock starts; the reference's code had 11")
     parser.add_argument("--logs", type=Path, default=Path(tempfile.gettempdir()))
     arguments = parser.parse_args()
 
@@ -83,6 +84,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         shutil.copytree(ROOT / "shared" / "prepare", folder / "prepare", ignore=shutil.ignore_patterns("__pycache__"))
+        if arguments.untimed:
+            constants = folder / "prepare" / "constants.py"
+            excluded = f"STARTUP_EXCLUDE_STEPS: Final = {arguments.untimed}"
+            constants.write_text(re.sub(r"STARTUP_EXCLUDE_STEPS: Final = \d+", excluded, constants.read_text()))
         source = (ROOT / "shared" / "train_template" / arguments.backend / "train.py").read_text()
         for assignment in arguments.set:
             name, _, value = assignment.partition("=")

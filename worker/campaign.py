@@ -96,12 +96,7 @@ def _config(name: str, profile: str, data: str, train: str, space: dict[str, Any
         "eval_command": f"grep '^{_METRIC}:' run.log",
         "budget_minutes": PROFILES[profile].time_budget_s / 60,
         "branch_prefix": "autoresearch",
-        "rules": [
-            "Only modify files listed in mutable_files",
-            "Do not install new dependencies",
-            "Simpler solutions preferred over complex ones",
-            "Run indefinitely until interrupted",
-        ],
+        "rules": [],  # what holds everywhere stands in program.md; a task's own rules are added there
         "profile": profile,
         "data": data,
         "search_space": searched,
@@ -196,6 +191,9 @@ def _to_yaml(config: dict[str, Any]) -> str:
     space = config.pop("search_space", None)
     text = str(yaml.safe_dump(config, sort_keys=False, width=sys.maxsize, allow_unicode=True))
     if space:  # one line a constant
-        lines = (yaml.safe_dump(v, default_flow_style=True, width=sys.maxsize).strip() for v in space.values())
+        lines = (
+            yaml.safe_dump(v, default_flow_style=True, sort_keys=False, width=sys.maxsize).strip()
+            for v in space.values()
+        )
         text += "search_space:\n" + "".join(f"  {k}: {line}\n" for k, line in zip(space, lines, strict=True))
     return text

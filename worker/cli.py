@@ -9,6 +9,7 @@ import signal
 import sys
 import tempfile
 import threading
+import zlib
 from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
@@ -30,6 +31,7 @@ from .journal import Journal
 from .loop import BaselineFailed
 from .machine import MachineProfile, detect
 from .plot import plot as draw
+from .proposers.search import Search
 from .screen import TerminalScreen
 from .setup import Setup, latest_state, locked, propose_tag
 
@@ -133,6 +135,7 @@ class _Bar:
             TextColumn("{task.completed}/{task.total}"),
             console=Console(stderr=True),
             transient=True,
+            disable=not sys.stderr.isatty(),
         )
         self._tasks: dict[str, Any] = {}
 
@@ -179,7 +182,8 @@ def _research(campaign: Campaign, machine: MachineProfile, tag: str, experiments
     screen = TerminalScreen(console, campaign.task)
     with locked(setup.state):
         with _Bar() as bar:
-            loop, journal = setup.loop(screen, stop, bar.update)
+            proposer = Search(campaign.task, seed=zlib.crc32(setup.branch.encode()))
+            loop, journal = setup.loop(proposer, screen, stop, bar.update)
         if setup.prepared:
             console.print(
                 f"data {campaign.task.data}: {setup.prepared.train_rows} rows, {setup.prepared.lost_train:.1%} lost"

@@ -12,7 +12,6 @@ import json
 import os
 import shutil
 import threading
-import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -29,12 +28,14 @@ from .journal import Journal
 from .loop import Limits, Loop, Screen
 from .machine import MachineProfile, slug
 from .preparing import Prepared, prepare
-from .proposers.search import Search
+from .proposers import Proposer
 from .runner import Deadlines, Expected
 from .workspace import Workspace
 
 DEFAULT_MEMORY_SHARE = 0.9  #: of the host's memory, where the task sets no memory_limit_gb
 STATE = ".swarm"
+
+Bar = Callable[[str, int, int], None]  #: what is being made, how much is done, of how much
 
 
 def state_folder(campaign: Campaign, tag: str, machine: str) -> Path:
@@ -91,19 +92,15 @@ class Setup:
         self.fresh = not (self.state / "journal.jsonl").exists()
         self.prepared: Prepared | None = None
 
-    def loop(
-        self, screen: Screen, stop: threading.Event, progress: Callable[[str, int, int], None]
-    ) -> tuple[Loop, Journal]:
+    def loop(self, proposer: Proposer, screen: Screen, stop: threading.Event, progress: Bar) -> tuple[Loop, Journal]:
         """Branch, worktree, data and journal; raises BadInput, after undoing what a fresh set-up made."""
         try:
-            return self._loop(screen, stop, progress)
+            return self._loop(proposer, screen, stop, progress)
         except BaseException:
             self.undo_if_fresh()
             raise
 
-    def _loop(
-        self, screen: Screen, stop: threading.Event, progress: Callable[[str, int, int], None]
-    ) -> tuple[Loop, Journal]:
+    def _loop(self, proposer: Proposer, screen: Screen, stop: threading.Event, progress: Bar) -> tuple[Loop, Journal]:
         task = self.campaign.task
         base = git.Repo(self.campaign.root).resolve("HEAD")
         if base is None:
@@ -152,7 +149,6 @@ class Setup:
             environment,
             expected,
         )
-        proposer = Search(task, seed=zlib.crc32(self.branch.encode()))
         return Loop(task, workspace, journal, proposer, limits, self.state, screen, stop), journal
 
     def undo(self) -> None:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from .constants import PROFILES, Profile
+from .constants import PROFILES, STARTUP_EXCLUDE_STEPS, Profile
 from .errors import PrepareError
 from .run_environment import cache_root, initial_environment
 
@@ -95,17 +95,18 @@ class Clock:
     def progress(self) -> float:
         """How much of the budget is used, 0 to 1; drives every schedule."""
         if self._run.steps is not None:
-            return min(self.steps / self._run.steps, 1.0)
+            timed = max(self.steps - STARTUP_EXCLUDE_STEPS, 0)
+            return min(timed / max(self._run.steps - STARTUP_EXCLUDE_STEPS, 1), 1.0)
         return min(self.training_s / self._run.budget_s, 1.0)
 
     def step(self) -> bool:
         """Counts one finished optimizer step; False when training has to end."""
         now = self._now()
         self.steps += 1
-        if self._started is None:
+        if self._started is None and self.steps >= STARTUP_EXCLUDE_STEPS:
             self._started = now
             self._record.tell("clock", drawn=self.drawn)
-        self.training_s = now - self._started
+        self.training_s = now - self._started if self._started is not None else 0.0
         going_on = self.progress < 1.0
         if not going_on and not self._stopped:
             self._stopped = True
