@@ -21,17 +21,17 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from shared.task import load_task  # noqa: E402
-from tests import fast_task  # noqa: E402
-from worker.campaign import Campaign  # noqa: E402
-from worker.journal import Experiment  # noqa: E402
-from worker.loop import Screen  # noqa: E402
-from worker.machine import detect  # noqa: E402
-from worker.proposers import Proposal  # noqa: E402
-from worker.proposers.search import Search  # noqa: E402
-from worker.runner import Progress  # noqa: E402
-from worker.setup import Setup  # noqa: E402
-from worker.workspace import Files  # noqa: E402
+from shared.task import load_task
+from tests import fast_task
+from worker.campaign import Campaign
+from worker.journal import Experiment
+from worker.loop import Screen
+from worker.machine import detect
+from worker.proposers import Proposal
+from worker.proposers.search import Search
+from worker.runner import Progress
+from worker.setup import Setup
+from worker.workspace import Files
 
 NOOP = "echo 'val_bpb: 1.0' > run.log"
 

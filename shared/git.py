@@ -126,13 +126,26 @@ class Repo:
         self.run("update-ref", ref, new)
         return new
 
-    def exclude(self, pattern: str) -> None:
-        """Ignores a pattern in this clone only, without touching any .gitignore."""
-        path = Path(self.run("rev-parse", "--path-format=absolute", "--git-path", "info/exclude"))
-        lines = path.read_text().splitlines() if path.exists() else []
-        if pattern not in lines:
+    def exclude(self, patterns: Sequence[str]) -> None:
+        """Ignores patterns in this clone only, as one block of info/exclude, without touching any .gitignore."""
+        path, text = self._exclude_file()
+        if (block := _block(patterns)) not in text:
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text("\n".join([*lines, pattern]) + "\n")
+            path.write_text(text + ("" if text.endswith("\n") or not text else "\n") + block)
+
+    def include(self, patterns: Sequence[str]) -> None:
+        """Takes back what `exclude` wrote, and only that."""
+        path, text = self._exclude_file()
+        if (block := _block(patterns)) in text:
+            path.write_text(text.replace(block, ""))
+
+    def _exclude_file(self) -> tuple[Path, str]:
+        path = Path(self.run("rev-parse", "--path-format=absolute", "--git-path", "info/exclude"))
+        return path, path.read_text() if path.exists() else ""
+
+
+def _block(patterns: Sequence[str]) -> str:
+    return "\n".join(["# swarm", *patterns]) + "\n"
 
 
 def init(path: Path, author: str = "swarm") -> Repo:

@@ -133,6 +133,7 @@ def adopt(folder: Path, source: Path) -> Campaign:
     _refuse_existing(folder)
     if not source.is_dir():
         raise BadInput(f"--from {source}: no such directory")
+    recognised = None if (source / CONFIG_NAME).exists() else _recognise(source)
     top = git.Repo(source).top()
     prefix = source.resolve().relative_to(top.resolve()) if top else Path()
     made_before = folder.exists()
@@ -146,8 +147,8 @@ def adopt(folder: Path, source: Path) -> Campaign:
             repo.run("add", "--all")
             repo.run("commit", "--quiet", "-m", f"campaign: {source.resolve().name} as it was")
         inside = folder / prefix
-        if not (inside / CONFIG_NAME).exists():
-            (inside / CONFIG_NAME).write_text(_recognise(inside))
+        if recognised is not None:
+            (inside / CONFIG_NAME).write_text(recognised)
         load_task(inside)
         config = (prefix / CONFIG_NAME).as_posix()
         if config in repo.changed_paths():

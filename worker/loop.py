@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Protocol
 
 from shared.errors import BadInput
-from shared.task import TaskSpec
+from shared.task import CONFIG_NAME, TaskSpec
 from shared.wire import Status
 
 from . import ratchet, results
@@ -87,8 +87,9 @@ class Loop:
             if self._journal.head is None and not self._journal.experiments:
                 self._try(Proposal("baseline", {}, "baseline", {}, self._proposer.params(self._workspace.files())))
             if self._journal.head is None:
-                last = self._journal.experiments[0]
-                raise BaselineFailed(f"the baseline gave no score: {last.reason}")
+                reason = self._journal.experiments[0].reason
+                key = "metric" if self._task.metric in reason else "run_command"
+                raise BaselineFailed(f"{CONFIG_NAME}: {key}: the baseline gave no score: {reason}")
             while len(self._journal.experiments[0].runs) < self._task.ratchet.baseline_runs:
                 if len(self._journal.experiments) > 1:
                     break  # HEAD has moved on

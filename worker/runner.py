@@ -219,7 +219,7 @@ class _Watcher:
             if name not in self.seen:
                 self.seen[name] = now
                 self.drawn[name] = int(event.get("drawn", 0))
-                self.steps = int(event.get("steps") or 0)
+                self.steps = max(self.steps, int(event.get("steps") or 0))
             if name == "result" and self.result is None:
                 self.result = event
 

@@ -19,6 +19,7 @@ from shared.git import Repo
 from shared.task import TaskSpec
 
 RESULTS = "results.tsv"
+EXCLUDED = (".swarm/", "run.log", "__pycache__/")  #: ignored in the campaign's clone, without a .gitignore of ours
 LINE_NODES = 8  #: a line of a file that is not Python weighs as much as so many ast nodes
 
 Files = Mapping[str, str]  #: mutable file -> its text
@@ -51,8 +52,7 @@ class Workspace:
     def create(cls, campaign: Path, root: Path, task: TaskSpec, prefix: str, machine: str, branch: str) -> Workspace:
         """Makes branch and worktree from the campaign's HEAD; continues the branch where it exists."""
         repo = Repo(campaign, machine)
-        for pattern in (".swarm/", "run.log", "__pycache__/"):
-            repo.exclude(pattern)
+        repo.exclude(EXCLUDED)
         repo.run("worktree", "prune")
         if not root.exists():
             new = [] if repo.resolve(f"refs/heads/{branch}") else ["-b", branch]
@@ -67,6 +67,7 @@ class Workspace:
         repo.run("worktree", "remove", "--force", str(self.root))
         repo.run("branch", "-D", "--quiet", branch)
         repo.run("update-ref", "-d", self.attic)
+        repo.include(EXCLUDED)
 
     # -- reading
 
