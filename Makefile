@@ -9,7 +9,7 @@ demo: $(READY)
 	$(BIN)/swarm demo
 
 test: $(READY)
-	$(BIN)/pytest -m "not system"
+	$(BIN)/pytest -m "not system and not gpu"
 
 test-system: $(READY)
 	$(BIN)/pytest -m system

@@ -8,6 +8,7 @@ NOT covered: nothing here decides what to commit or reset; see worker/workspace.
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -126,6 +127,24 @@ class Repo:
         self.run("update-ref", ref, new)
         return new
 
+    def clear_locks(self, patience_s: float) -> list[str]:
+        """Removes lock files that a killed git left behind; returns their names.
+
+        Only for a caller that knows no other git of its own is at work here. A lock that goes by itself within
+        `patience_s` belonged to a git that outlived its killed parent and finished.
+        """
+        folders = {
+            Path(self.run("rev-parse", "--path-format=absolute", kind)) for kind in ("--git-dir", "--git-common-dir")
+        }
+        until = time.monotonic() + patience_s
+        while locks := [path for folder in folders for path in _lock_files(folder)]:
+            if time.monotonic() > until:
+                for path in locks:
+                    path.unlink(missing_ok=True)
+                return sorted(path.name for path in locks)
+            time.sleep(0.02)
+        return []
+
     def exclude(self, patterns: Sequence[str]) -> None:
         """Ignores patterns in this clone only, as one block of info/exclude, without touching any .gitignore."""
         path, text = self._exclude_file()
@@ -142,6 +161,10 @@ class Repo:
     def _exclude_file(self) -> tuple[Path, str]:
         path = Path(self.run("rev-parse", "--path-format=absolute", "--git-path", "info/exclude"))
         return path, path.read_text() if path.exists() else ""
+
+
+def _lock_files(git_dir: Path) -> list[Path]:
+    return [*git_dir.glob("*.lock"), *(git_dir / "refs").rglob("*.lock")]
 
 
 def _block(patterns: Sequence[str]) -> str:

@@ -174,7 +174,7 @@ def run(
     _research(campaign, machine, tag, experiments, yes)
 
 
-def _research(campaign: Campaign, machine: MachineProfile, tag: str, experiments: int | None, yes: bool) -> None:
+def _research(campaign: Campaign, machine: MachineProfile, tag: str, experiments: int | None, yes: bool) -> Setup:
     setup = Setup(campaign, machine, tag)
     stop = threading.Event()
     _stop_on_signals(stop)
@@ -201,6 +201,7 @@ def _research(campaign: Campaign, machine: MachineProfile, tag: str, experiments
         journal.close()
     if standing := results.standing(journal, campaign.task):
         console.print(_summary(standing, campaign))
+    return setup
 
 
 def _approved(journal: Journal) -> bool:
@@ -323,17 +324,12 @@ def demo(
     made = _prepare(campaign, "tiny")
     console.print(f"campaign in {folder}; {made.train_rows} rows packed, {made.lost_train:.1%} of the tokens lost")
     machine = detect()
-    _research(campaign, machine, propose_tag(campaign, machine.name, datetime.date.today()), experiments, yes=True)
+    tag = propose_tag(campaign, machine.name, datetime.date.today())
+    setup = _research(campaign, machine, tag, experiments, yes=True)
     show_results(folder, as_json=False)
     picture = folder / "progress.png"
     plot(picture, folder, as_json=False)
-    console.print(f"the research log: git -C {folder} log {Setup(campaign, machine, _only_tag(campaign)).branch}")
-
-
-def _only_tag(campaign: Campaign) -> str:
-    state = latest_state(campaign, None)
-    assert state is not None
-    return str(Journal(state / "journal.jsonl").setup["tag"])
+    console.print(f"the research log: git -C {folder} log {setup.branch}")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
-from shared.errors import BadInput
+from shared.errors import BadInput, SwarmError
 from shared.task import CONFIG_NAME, TaskSpec
 from shared.wire import Status
 
@@ -25,6 +25,9 @@ from .proposers import Proposal, Proposer
 from .ratchet import Decision, Policy, Trial
 from .runner import Deadlines, Expected, Interrupted, Order, Progress, RunOutcome, end_strays, run
 from .workspace import Workspace
+
+
+STALE_LOCK_S = 2.0  #: a git lock older than this, at start, has no owner: git calls here take milliseconds
 
 
 class BaselineFailed(BadInput):
@@ -146,6 +149,8 @@ class Loop:
         self._screen.decided(experiment, results.standing(self._journal, self._task))
 
     def _run(self, experiment: Experiment) -> RunOutcome:
+        if self._workspace.immutable_changed():
+            raise SwarmError(f"immutable files in {self._workspace.task_dir} differ from when this worker started")
         run_id = str(uuid.uuid4())
         order = Order(
             self._task.run_command,
@@ -209,6 +214,8 @@ class Loop:
         """Ends what is left of a killed worker's run and brings branch, worktree and journal back in step."""
         if strays := end_strays(None, self._workspace.root):
             self._screen.note(f"ended {strays} processes of an earlier run")
+        if locks := self._workspace.repo.clear_locks(patience_s=STALE_LOCK_S):
+            self._screen.note(f"removed {', '.join(locks)}, left by a killed git")
         rows = results.to_tsv(self._journal.experiments, self._task.metric)
         pending = self._journal.pending
         if pending is None:

@@ -30,6 +30,7 @@ MARK = "SWARM_RUN"  #: environment variable by which every process of a run is f
 TAIL_LINES = 50  #: lines of run.log that a crash is diagnosed from (reference, "Crash Handling Protocol")
 POLL_S = 0.05
 MEMORY_EVERY_S = 0.25
+EVAL_COMMAND_S = 60.0  #: an eval command reads a log; longer than this it hangs
 UNTIMED_STEPS = 3  #: tokens drawn before the clock starts: one step's worth, and what a loader reads ahead
 
 _REDIRECT = re.compile(r"\s*(?:>\s*run\.log\s+2>&1|&>\s*run\.log)\s*$")
@@ -123,7 +124,8 @@ def run(order: Order, stop: threading.Event, watch: Callable[[Progress], None] =
     order.record.unlink(missing_ok=True)
     order.record.touch()
     started = time.monotonic()
-    with log.open("wb") as output:
+    log.write_bytes(b"")
+    with log.open("ab") as output:  # appending, so that a command's own redirection to run.log does no harm
         process = subprocess.Popen(
             ["/bin/sh", "-c", _REDIRECT.sub("", order.command)],
             cwd=order.cwd,
@@ -327,22 +329,32 @@ def _why(exit_code: int, text: str) -> str:
 def _printed_score(order: Order, text: str) -> float | None:
     """The metric as the command printed it: by the eval command where there is one, else the last `metric: x` line."""
     if order.eval_command:
-        done = subprocess.run(
-            ["/bin/sh", "-c", order.eval_command],
-            cwd=order.cwd,
-            env=_environment(order),
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-        )
-        text = done.stdout
+        text = _evaluated(order, order.eval_command)
     lines = re.findall(rf"^{re.escape(order.metric)}\s*[:=]\s*(\S+)", text, re.MULTILINE)
     numbers = lines[-1:] or (_NUMBER.findall(text)[-1:] if order.eval_command else [])
     try:
         return float(numbers[0]) if numbers else None
     except ValueError:
         return None
+
+
+def _evaluated(order: Order, command: str) -> str:
+    """What the eval command prints; nothing when it does not come back."""
+    try:
+        done = subprocess.run(
+            ["/bin/sh", "-c", command],
+            cwd=order.cwd,
+            env=_environment(order),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=EVAL_COMMAND_S,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return ""
+    return done.stdout
 
 
 def _measured_score(

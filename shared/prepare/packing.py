@@ -188,9 +188,12 @@ def prepare(
 
 
 def _tokenizer(where: Path, folder: Folder, profile: Profile, progress: Progress) -> Tokenizer:
-    if not (where / "ranks.json").exists():
+    shards = folder.train[:TOKENIZER_SHARDS]
+    order = [[shard.name, pq.read_metadata(shard).num_rows] for shard in shards]
+    if not (where / "ranks.json").exists() or _read_json(where / "shards.json") != order:
         progress("tokenizer", 0, 1)
-        train_tokenizer(folder.train[:TOKENIZER_SHARDS], profile.vocab_size).save(where)
+        train_tokenizer(shards, profile.vocab_size).save(where)
+        _write_json(where / "shards.json", order)
     return Tokenizer.load(where)
 
 

@@ -176,6 +176,16 @@ def test_ctrl_c_ends_cleanly_and_the_run_in_progress_is_made_again(task: Path) -
     assert decided.count(interrupted) == 1
 
 
+def test_a_lock_left_by_a_git_that_died_with_the_machine_does_not_stop_the_next_start(task: Path) -> None:
+    run(task, "--experiments", "1")
+    lock = task / ".git/worktrees/work/index.lock"
+    lock.write_text("")
+    again = run(task, "--experiments", "1")
+    assert again.returncode == 0, again.stderr
+    assert "removed index.lock" in again.stdout
+    assert not lock.exists()
+
+
 def test_a_second_worker_on_the_same_slot_is_refused(task: Path) -> None:
     worker = start(task, NAP="0.4")
     try:

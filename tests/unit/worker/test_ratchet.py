@@ -4,7 +4,7 @@ import math
 from dataclasses import replace
 
 import pytest
-from hypothesis import assume, example, given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from shared.wire import Status
@@ -201,31 +201,32 @@ bests = st.builds(
 )
 
 
+def keeps(best: Best, trial: Trial, policy: Policy) -> bool:
+    return decide(best, trial, SIGMA, policy).status is Status.KEEP
+
+
 @given(bests, trials, st.floats(0.0, 6.0), st.sampled_from(POLICIES))
 @example(Best((0.997,), 140.0), Trial(0.997 - 0.2 * SIGMA, 141.35, -LINE), 0.06, Policy())
 @settings(deadline=None, max_examples=400)
 def test_a_better_score_never_turns_a_keep_into_a_discard(
     best: Best, trial: Trial, sigmas: float, policy: Policy
 ) -> None:
-    assume(decide(best, trial, SIGMA, policy).status is Status.KEEP)
     better = replace(trial, score=trial.score - policy.sign * sigmas * SIGMA)
-    assert decide(best, better, SIGMA, policy).status is Status.KEEP
+    assert keeps(best, better, policy) >= keeps(best, trial, policy)
 
 
 @given(bests, trials, st.integers(0, 500), st.sampled_from(POLICIES))
 @settings(deadline=None, max_examples=400)
 def test_less_code_never_turns_a_keep_into_a_discard(best: Best, trial: Trial, nodes: int, policy: Policy) -> None:
-    assume(decide(best, trial, SIGMA, policy).status is Status.KEEP)
     simpler = replace(trial, nodes_added=trial.nodes_added - nodes)
-    assert decide(best, simpler, SIGMA, policy).status is Status.KEEP
+    assert keeps(best, simpler, policy) >= keeps(best, trial, policy)
 
 
 @given(bests, trials, st.floats(0.0, 1.0), st.sampled_from(POLICIES))
 @settings(deadline=None, max_examples=400)
 def test_less_memory_never_turns_a_keep_into_a_discard(best: Best, trial: Trial, share: float, policy: Policy) -> None:
-    assume(decide(best, trial, SIGMA, policy).status is Status.KEEP)
     leaner = replace(trial, memory_gb=trial.memory_gb * share)
-    assert decide(best, leaner, SIGMA, policy).status is Status.KEEP
+    assert keeps(best, leaner, policy) >= keeps(best, trial, policy)
 
 
 @given(bests, trials, st.integers(0, 500), st.floats(0.0, 50.0), st.sampled_from(POLICIES))
@@ -233,9 +234,8 @@ def test_less_memory_never_turns_a_keep_into_a_discard(best: Best, trial: Trial,
 def test_more_code_or_memory_never_turns_a_discard_into_a_keep(
     best: Best, trial: Trial, nodes: int, gigabytes: float, policy: Policy
 ) -> None:
-    assume(decide(best, trial, SIGMA, policy).status is Status.DISCARD)
     heavier = replace(trial, nodes_added=trial.nodes_added + nodes, memory_gb=trial.memory_gb + gigabytes)
-    assert decide(best, heavier, SIGMA, policy).status is Status.DISCARD
+    assert keeps(best, heavier, policy) <= keeps(best, trial, policy)
 
 
 @given(bests, trials, st.sampled_from(POLICIES), st.none() | st.floats(0.5, 2.0))
@@ -290,8 +290,7 @@ def test_single_runs_say_nothing_about_sigma() -> None:
 
 def test_many_reruns_outweigh_the_prior() -> None:
     reruns = [(1.0 - 0.01, 1.0 + 0.01)] * 2000  # standard deviation 0.01 * sqrt 2
-    assert pooled_sigma(reruns, 0.5) == pytest.approx(0.01 * math.sqrt(2), rel=0.25)
-    assert pooled_sigma(reruns * 50, 0.5) == pytest.approx(0.01 * math.sqrt(2), rel=0.01)
+    assert pooled_sigma(reruns, 0.1) == pytest.approx(0.01 * math.sqrt(2), rel=0.06)
 
 
 def test_sigma_is_measured_around_each_codes_own_mean() -> None:
