@@ -23,6 +23,8 @@ _SAFE = (
     "gc.auto=0",
     "core.autocrlf=false",
     "advice.detachedHead=false",
+    "diff.noprefix=false",
+    "diff.mnemonicPrefix=false",
 )
 
 
@@ -44,9 +46,10 @@ class Repo:
     """A working tree (or bare repository) and the git calls we make in it."""
 
     def __init__(self, path: Path, author: str = "swarm") -> None:
-        self.path = path
+        self.path = path.absolute()
         self._author = author
-        self._git = gitpython.Git(str(path))
+        # Without a folder: GitPython would expand `~` and `$X` in it, and use the current one where it is missing.
+        self._git = gitpython.Git()
 
     def run(self, *arguments: str, date: str | None = None, strip: bool = True) -> str:
         """Runs git and returns its output. `date` fixes author and committer time. Raises GitError."""
@@ -60,14 +63,18 @@ class Repo:
         }
         if date is not None:
             environment |= {"GIT_AUTHOR_DATE": date, "GIT_COMMITTER_DATE": date}
-        command = ["git", *(part for setting in _SAFE for part in ("-c", setting)), *arguments]
+        if not self.path.is_dir():
+            raise GitError(f"git {' '.join(arguments[:3])}: {self.path} is gone")
+        settings = (part for setting in _SAFE for part in ("-c", setting))
+        command = ["git", "-C", str(self.path), "--literal-pathspecs", *settings, *arguments]
         try:
             output = self._git.execute(command, env=environment, strip_newline_in_stdout=strip, with_exceptions=True)
         except gitpython.exc.GitCommandNotFound:
             raise GitError("git is not installed or not on PATH") from None
         except gitpython.exc.GitCommandError as error:
-            words = str(error.stderr or error.stdout).strip().removeprefix("stderr: ").strip("' \n")
-            raise GitError(f"git {' '.join(arguments[:3])} in {self.path}: {words}") from None
+            words = f"{error.stderr}\n{error.stdout}".replace("stderr: '", "").replace("stdout: '", "")
+            said = " ".join(words.replace("'\n", "\n").split()).strip("' ")
+            raise GitError(f"git {' '.join(arguments[:3])} in {self.path}: {said}") from None
         return str(output)
 
     # -- looking
@@ -94,7 +101,8 @@ class Repo:
         return self.run("show", f"{revision}:{path}", strip=False)
 
     def diff(self, before: str, after: str, paths: Sequence[str] = ()) -> str:
-        return self.run("diff", "--no-color", "--no-ext-diff", before, after, "--", *paths)
+        """A patch that `git apply` takes, whatever the user's configuration."""
+        return self.run("diff", "--no-color", "--no-ext-diff", "--binary", before, after, "--", *paths, strip=False)
 
     def changed_paths(self) -> list[str]:
         """Paths that differ from HEAD or are untracked and not ignored, relative to the root."""
@@ -109,12 +117,12 @@ class Repo:
         self.run("commit", "--quiet", "--allow-empty", "--no-verify", "-m", message, "--", *paths)
         return self.head()
 
-    def amend(self, paths: Sequence[str], date: str) -> str:
-        """Folds paths into HEAD, keeping its message; the same content and date give the same hash again."""
+    def amend(self, paths: Sequence[str], date: str, message: str | None = None) -> str:
+        """Folds paths, nothing else, into HEAD; the same content, message and date give the same hash again."""
         self.run("add", "--force", "--", *paths)
-        self.run(
-            "commit", "--quiet", "--amend", "--no-edit", "--no-verify", "--allow-empty", f"--date={date}", date=date
-        )
+        words = ["--no-edit"] if message is None else ["-m", message]
+        flags = ["--quiet", "--amend", "--no-verify", "--allow-empty", f"--date={date}"]
+        self.run("commit", *flags, *words, "--", *paths, date=date)
         return self.head()
 
     def reset_hard(self, revision: str) -> None:
@@ -180,5 +188,5 @@ def init(path: Path, author: str = "swarm") -> Repo:
 
 def clone(source: Path, path: Path, author: str = "swarm") -> Repo:
     """A full copy of a local repository; objects are copied, the source is never written to."""
-    Repo(source).run("clone", "--quiet", "--no-hardlinks", str(source), str(path.absolute()))
+    Repo(source).run("clone", "--quiet", "--no-hardlinks", str(source.absolute()), str(path.absolute()))
     return Repo(path, author)

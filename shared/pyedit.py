@@ -7,6 +7,7 @@ nothing inside one is addressed (before Python 3.12 their inner positions are wr
 from __future__ import annotations
 
 import ast
+import math
 import operator
 import re
 from collections import Counter
@@ -117,7 +118,7 @@ def constants(source: str) -> dict[str, Constant]:
     Raises EditError when the source does not parse.
     """
     tree = parse(source)
-    stores = Counter(n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and not isinstance(n.ctx, ast.Load))
+    stores = Counter(name for node in ast.walk(tree) for name in _bound(node))
     positions = Positions(source)
     found: dict[str, Constant] = {}
     for statement in tree.body:
@@ -125,11 +126,30 @@ def constants(source: str) -> dict[str, Constant]:
         if target is None or stores[target[0]] != 1 or not _CONSTANT_NAME.match(target[0]):
             continue
         name, node = target
-        value = fold(node)
+        try:
+            value = fold(node)
+        except RecursionError:
+            continue  # arithmetic a thousand levels deep is no constant that anyone tunes
         if value is not None:
             start, end = positions.span(node)
             found[name] = Constant(name, value, start, end, positions.text(start, end))
     return found
+
+
+def _bound(node: ast.AST) -> list[str]:
+    """Names that this node assigns, imports, defines or deletes."""
+    match node:
+        case ast.Name(ctx=ast.Store() | ast.Del()):
+            return [node.id]
+        case ast.Import() | ast.ImportFrom():
+            return [(alias.asname or alias.name).partition(".")[0] for alias in node.names]
+        case ast.FunctionDef() | ast.AsyncFunctionDef() | ast.ClassDef():
+            return [node.name]
+        case ast.ExceptHandler(name=str(name)) | ast.MatchAs(name=str(name)) | ast.MatchStar(name=str(name)):
+            return [name]
+        case ast.MatchMapping(rest=str(name)):
+            return [name]
+    return []
 
 
 def _single_target(statement: ast.stmt) -> tuple[str, ast.expr] | None:
@@ -155,7 +175,10 @@ def set_constants(source: str, values: Mapping[str, Literal]) -> str:
 
 
 def literal(value: Literal, like: str) -> str:
-    """The value as Python text, in the manner of `like`: powers of two stay `2**k`, strings keep their quotes."""
+    """The value as Python text, in the manner of `like`: powers of two stay `2**k`, strings keep their quotes.
+
+    Raises EditError for infinity and nan.
+    """
     if isinstance(value, bool):
         return repr(value)
     if isinstance(value, int):
@@ -163,11 +186,13 @@ def literal(value: Literal, like: str) -> str:
             return f"2**{value.bit_length() - 1}"
         return repr(value)
     if isinstance(value, float):
+        if not math.isfinite(value):
+            raise EditError(f"{value} has no literal in Python")
         return repr(value)
-    quoted = repr(value)
+    # repr prefers single quotes; a single quote in front of the text makes it choose double ones.
     if like.startswith('"') and not like.startswith('"""') and '"' not in value:
-        quoted = '"' + quoted[1:-1].replace("\\'", "'") + '"'
-    return quoted
+        return '"' + repr("'" + value)[2:-1] + '"'
+    return repr(value)
 
 
 def node_count(source: str) -> int:

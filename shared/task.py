@@ -7,11 +7,12 @@ a misspelt key that is silently ignored costs a night.
 from __future__ import annotations
 
 import difflib
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from .errors import BadInput
 from .prepare.constants import PROFILES
@@ -20,9 +21,16 @@ CONFIG_NAME = "autoresearch-config.yaml"
 
 Scalar = bool | int | float | str
 
+_SCIENTIFIC = re.compile(r"[-+]?\d+(?:\.\d*)?[eE][-+]?\d+")
+
+
+def _number(value: Scalar) -> Scalar:
+    """`1e-3` is a word to YAML 1.1; it was meant as a number."""
+    return float(value) if isinstance(value, str) and _SCIENTIFIC.fullmatch(value) else value
+
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Range(_Strict):
@@ -33,12 +41,17 @@ class Range(_Strict):
     log: bool = False  #: even steps in the logarithm
     choices: tuple[Scalar, ...] | None = None
 
+    @field_validator("choices")
+    @classmethod
+    def _numbers(cls, choices: tuple[Scalar, ...] | None) -> tuple[Scalar, ...] | None:
+        return None if choices is None else tuple(_number(choice) for choice in choices)
+
     @model_validator(mode="after")
     def _one_kind(self) -> Range:
-        bounded = self.low is not None and self.high is not None
-        if bounded == (self.choices is not None) or self.choices == ():
+        bounds = (self.low is not None) + (self.high is not None)
+        if bounds != (2 if self.choices is None else 0) or self.choices == ():
             raise ValueError("give low and high, or choices")
-        if bounded and (self.low >= self.high or (self.log and self.low <= 0)):  # type: ignore[operator]
+        if bounds and (self.low >= self.high or (self.log and self.low <= 0)):  # type: ignore[operator]
             raise ValueError("low must be below high, and above 0 with log")
         return self
 
@@ -61,6 +74,11 @@ class Rung(_Strict):
     set: dict[str, Scalar]
     budget_minutes: Annotated[float, Field(gt=0)] | None = None
     needs: dict[str, float] = {}
+
+    @field_validator("set")
+    @classmethod
+    def _numbers(cls, values: dict[str, Scalar]) -> dict[str, Scalar]:
+        return {name: _number(value) for name, value in values.items()}
 
 
 class TaskSpec(_Strict):
@@ -106,44 +124,63 @@ def load_task(folder: Path) -> TaskSpec:
     """Reads the folder's config. Raises BadInput, one line that names the file, the key and the remedy."""
     path = folder / CONFIG_NAME
     try:
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise BadInput(f"{path}: missing; make one with `swarm init DIR` or `swarm init DIR --from PATH`") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"{path}: cannot be read: {_one_line(error)}") from None
     task = parse_task(text, str(path))
     for key in ("mutable_files", "immutable_files"):
         for name in getattr(task, key):
-            file = folder / name
-            if not file.exists():
-                raise BadInput(f"{path}: {key}: {name!r} does not exist in {folder}")
-            if not file.resolve().is_relative_to(folder.resolve()):
-                raise BadInput(f"{path}: {key}: {name!r} lies outside {folder}")
-    if both := set(task.mutable_files) & set(task.immutable_files):
-        raise BadInput(f"{path}: immutable_files: {min(both)!r} is also in mutable_files")
+            _check_file(folder, key, name, str(path))
+    mutable = [(folder / name).resolve() for name in task.mutable_files]
+    for name in task.immutable_files:
+        if both := [file for file in mutable if file.is_relative_to((folder / name).resolve())]:
+            raise BadInput(f"{path}: immutable_files: {name!r} holds {both[0].name!r}, which is in mutable_files")
     return task
+
+
+def _check_file(folder: Path, key: str, name: str, where: str) -> None:
+    file = folder / name
+    if not name or not file.exists():
+        raise BadInput(f"{where}: {key}: {name!r} does not exist in {folder}")
+    if not file.resolve().is_relative_to(folder.resolve()):
+        raise BadInput(f"{where}: {key}: {name!r} lies outside {folder}")
+    if key == "mutable_files" and not file.is_file():
+        raise BadInput(f"{where}: {key}: {name!r} is no file")
 
 
 def parse_task(text: str, where: str) -> TaskSpec:
     """Raises BadInput; `where` names the source in the message."""
     try:
         raw = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise BadInput(f"{where}: not YAML: {' '.join(str(error).split())}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise BadInput(f"{where}: not YAML: {_one_line(error)}") from None
     if not isinstance(raw, dict):
         raise BadInput(f"{where}: expected a mapping of keys to values, found {type(raw).__name__}")
     try:
         return TaskSpec.model_validate(raw)
     except ValidationError as error:
-        raise BadInput(f"{where}: {_first_problem(error)}") from None
+        raise BadInput(f"{where}: {_one_line(_first_problem(error))}") from None
+
+
+def _one_line(words: object) -> str:
+    return " ".join(str(words).split()) or type(words).__name__
 
 
 def _first_problem(error: ValidationError) -> str:
-    problem = error.errors()[0]
+    """A misspelt key first: that another one is missing follows from it."""
+    problems = error.errors()
+    problem = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
     location = [str(part) for part in problem["loc"]]
-    key = ".".join(location)
     if problem["type"] == "extra_forbidden":
         known = _known_keys(location[:-1])
         close = difflib.get_close_matches(location[-1], known, n=1)
-        return f"{key}: unknown key" + (f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}")
+        hint = f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
+        return f"{'.'.join(location)}: unknown key{hint}"
+    if location[-1:] in (["bool"], ["int"], ["float"], ["str"]):  # the branches of a union are no keys of the file
+        location.pop()
+    key = ".".join(location)
     if problem["type"] == "missing":
         return f"{key}: missing"
     message = problem["msg"].removeprefix("Value error, ")

@@ -265,7 +265,7 @@ def show_results(here: Here = Path(), as_json: Json = False) -> None:
             f"{e.runs[0].memory_gb:.1f}",
             str(e.status),
             results.one_line(e.description),
-            e.reason,
+            results.plain(e.reason),
         ]
         table.add_row(*(Text(cell) for cell in cells), style="green" if e.status == "keep" else "")
     console.print(table)

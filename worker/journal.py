@@ -9,10 +9,9 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from shared.errors import SwarmError
 from shared.wire import Status
@@ -71,7 +70,7 @@ class Journal:
     """Appends events and folds them into the machine's present standing."""
 
     def __init__(self, path: Path) -> None:
-        """Opens or makes it. Raises SwarmError for a damaged line that is not the last."""
+        """Reads it; the file is made or changed by the first `append`. Raises SwarmError for a damaged line."""
         self._path = path
         self.setup: dict[str, Any] = {}
         self.experiments: list[Experiment] = []
@@ -81,35 +80,35 @@ class Journal:
         self.approved = False  #: a person said that the loop may go on by itself
         self._reran_at = 0
         self._by_id: dict[str, Experiment] = {}
-        for event in self._read():
-            self._fold(event)
-        self._file = path.open("a", encoding="utf-8")
-
-    def _read(self) -> Iterator[dict[str, Any]]:
-        if not self._path.exists():
-            return
-        data = self._path.read_bytes()
-        whole = data.rfind(b"\n") + 1
-        if whole < len(data):
-            os.truncate(self._path, whole)
-        for number, line in enumerate(data[:whole].splitlines(), 1):
+        self._whole = 0  #: bytes of whole lines when it was read
+        self._file: TextIO | None = None
+        for number, line in enumerate(self._lines(), 1):
             try:
-                yield json.loads(line)
-            except ValueError:
-                raise SwarmError(
-                    f"{self._path}:{number}: damaged journal line; move the file aside to start anew"
-                ) from None
+                self._fold(json.loads(line))
+            except (ValueError, KeyError, TypeError, AttributeError):
+                raise SwarmError(f"{path}:{number}: damaged journal line; move the file aside to start anew") from None
+
+    def _lines(self) -> list[bytes]:
+        data = self._path.read_bytes() if self._path.exists() else b""
+        self._whole = data.rfind(b"\n") + 1
+        return data[: self._whole].split(b"\n")[:-1]
 
     def append(self, event: str, **values: Any) -> None:
-        """Durable when it returns."""
+        """Durable when it returns. Raises ValueError for a number that is none; then nothing is written."""
         entry = {"event": event, "at": int(time.time()), **values}
-        self._file.write(json.dumps(entry, allow_nan=False) + "\n")
+        line = json.dumps(entry, allow_nan=False) + "\n"
+        if self._file is None:  # only who writes may cut a torn line off: a reader may be looking at one in the making
+            if self._path.exists():
+                os.truncate(self._path, self._whole)
+            self._file = self._path.open("a", encoding="utf-8")
+        self._file.write(line)
         self._file.flush()
         os.fsync(self._file.fileno())
         self._fold(entry)
 
     def close(self) -> None:
-        self._file.close()
+        if self._file:
+            self._file.close()
 
     def _fold(self, event: dict[str, Any]) -> None:
         match event["event"]:

@@ -26,7 +26,6 @@ from .ratchet import Decision, Policy, Trial
 from .runner import Deadlines, Expected, Interrupted, Order, Progress, RunOutcome, end_strays, run
 from .workspace import Workspace
 
-
 STALE_LOCK_S = 2.0  #: a git lock older than this, at start, has no owner: git calls here take milliseconds
 
 

@@ -15,6 +15,8 @@ from pathlib import Path
 
 import psutil
 
+from shared.errors import BadInput
+
 
 @dataclass(frozen=True)
 class MachineProfile:
@@ -31,8 +33,13 @@ class MachineProfile:
     machine_class: str  #: hardware within which scores compare, e.g. `cuda-h100`, `mps-m4max`, `cpu`
 
 
+RESERVED = "promoted"  #: the branch of promoted ideas has this machine's name
+
+
 def detect(name: str | None = None) -> MachineProfile:
-    """This machine. Without accelerator it is of class `cpu`."""
+    """This machine. Without accelerator it is of class `cpu`. Raises BadInput for a reserved name."""
+    if slug(name or "") == RESERVED:
+        raise BadInput(f"--name {name}: reserved for the branch of promoted ideas; take another")
     chip = _chip()
     gpu = _nvidia()
     apple = apple_chip(chip)
@@ -54,13 +61,13 @@ def slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "machine"
 
 
+_NOT_THE_MODEL = re.compile(r"nvidia|geforce|gpu|generation|pcie|sxm\d*|hbm\w*|\d+gb")
+
+
 def cuda_class(gpu: str) -> str:
-    """`NVIDIA H100 80GB HBM3` -> `h100`, `NVIDIA GeForce RTX 4090` -> `rtx4090`."""
-    words = [
-        w for w in gpu.lower().replace("nvidia", "").replace("geforce", "").split() if not re.match(r"\d+gb|hbm", w)
-    ]
-    joined = "".join(words[:2]) if words and words[0] in ("rtx", "gtx", "tesla") else (words or ["unknown"])[0]
-    return slug(joined.partition("-")[0])
+    """`NVIDIA H100 80GB HBM3` -> `h100`, `NVIDIA GeForce RTX 4090 Laptop GPU` -> `rtx4090laptop`."""
+    words = re.split(r"[^a-z0-9]+", gpu.lower())
+    return "".join(word for word in words if not _NOT_THE_MODEL.fullmatch(word)) or "unknown"
 
 
 def apple_chip(chip: str) -> str | None:
@@ -80,24 +87,28 @@ def _chip() -> str:
     return match[1].strip() if match else platform.machine()
 
 
-def _nvidia() -> tuple[str, float] | None:
-    """(name, memory in GiB) of the first visible GPU."""
+def _nvidia() -> tuple[str, float | None] | None:
+    """(name, memory in GiB) of the first visible GPU; memory None where it is the host's own."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None and not visible.strip():
+        return None
+    index = int(first) if visible and (first := visible.split(",")[0].strip()).isdigit() else 0
     try:
         import pynvml
 
         pynvml.nvmlInit()
         try:
-            handle = pynvml.nvmlDeviceGetHandleByIndex(0)
+            handle = pynvml.nvmlDeviceGetHandleByIndex(index)
             name = pynvml.nvmlDeviceGetName(handle)
             return str(name), round(pynvml.nvmlDeviceGetMemoryInfo(handle).total / 2**30, 1)
         finally:
             pynvml.nvmlShutdown()
     except Exception:  # no driver, no library, no GPU: each version of NVML says it with another class
-        line = _output("nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits")
-    if not line:
+        lines = _output("nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits").splitlines()
+    if index >= len(lines):
         return None
-    name, _, memory = line.splitlines()[0].rpartition(",")
-    return name.strip(), round(float(memory) / 1024, 1)
+    name, _, memory = lines[index].rpartition(",")
+    return name.strip(), round(float(memory) / 1024, 1) if memory.strip().isdigit() else None
 
 
 def _output(*command: str) -> str:

@@ -53,8 +53,9 @@ def plot(experiments: Sequence[Experiment], task: TaskSpec, title: str, path: Pa
         text = one_line(e.description)
         short = text if len(text) <= LABEL_CHARACTERS else text[: LABEL_CHARACTERS - 1] + "…"
         axes.annotate(
-            short.replace("$", r"\$"),
+            short,
             (e.number, e.score or 0.0),
+            parse_math=False,
             xytext=(5, 5),
             textcoords="offset points",
             fontsize=7.5,
@@ -65,8 +66,8 @@ def plot(experiments: Sequence[Experiment], task: TaskSpec, title: str, path: Pa
     axes.set_xlim(-0.5, end + max(3.0, 0.18 * end))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("experiment")
-    axes.set_ylabel(f"{task.metric} ({'lower' if task.sign > 0 else 'higher'} is better)")
-    axes.set_title(f"{title}: {len(decided) - 1} experiments, {len(keeps) - 1} kept")
+    axes.set_ylabel(f"{task.metric} ({'lower' if task.sign > 0 else 'higher'} is better)", parse_math=False)
+    axes.set_title(f"{title}: {len(decided) - 1} experiments, {len(keeps) - 1} kept", parse_math=False)
     axes.grid(alpha=0.25)
     axes.legend(loc="best", fontsize=8)
     figure.savefig(path, dpi=130)

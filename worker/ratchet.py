@@ -63,9 +63,13 @@ class Decision:
 
 def required_gain(trial: Trial, best: Best, policy: Policy) -> float:
     """The gain, in sigmas, that added complexity and memory ask for; 0 when neither grew."""
-    return policy.sigma_per_node * max(trial.nodes_added, 0) + policy.sigma_per_gb * max(
-        trial.memory_gb - best.memory_gb, 0.0
-    )
+    return policy.sigma_per_node * max(trial.nodes_added, 0) + policy.sigma_per_gb * max(_added_gb(trial, best), 0.0)
+
+
+def _added_gb(trial: Trial, best: Best) -> float:
+    """Memory added, GiB, negative when less; 0 within the 1 % that reruns of the same code differ by."""
+    added = trial.memory_gb - best.memory_gb
+    return added if abs(added) > 0.01 * best.memory_gb else 0.0
 
 
 def decide(best: Best, trial: Trial, sigma: float, policy: Policy) -> Decision:
@@ -83,30 +87,26 @@ def decide(best: Best, trial: Trial, sigma: float, policy: Policy) -> Decision:
     sigmas = gain / sigma
     required = required_gain(trial, best, policy)
     change = f"{abs(gain):.6f} {'better' if gain > 0 else 'worse'} ({sigmas:+.1f} sigma)"
-    cost = _cost(trial, best)
     if gain > 0 and sigmas > required:
-        return Decision(Status.KEEP, change + (f", enough for {cost}" if required >= 0.05 else ""))
-    simpler = trial.nodes_added < 0 and trial.memory_gb <= best.memory_gb + _jitter_gb(best)
-    leaner = trial.memory_gb < best.memory_gb - _jitter_gb(best) and trial.nodes_added <= 0
-    if abs(sigmas) <= policy.equal_within and (simpler or leaner):
-        return Decision(Status.KEEP, f"equal within {policy.equal_within} sigma and {cost}")
+        return Decision(Status.KEEP, change + (f", enough for {_added(trial, best)}" if required >= 0.05 else ""))
+    nodes, memory = trial.nodes_added, _added_gb(trial, best)
+    if abs(sigmas) <= policy.equal_within and nodes <= 0 and memory <= 0 and (nodes < 0 or memory < 0):
+        return Decision(Status.KEEP, f"equal within {policy.equal_within} sigma and {_saved(trial, best)}")
     if gain > 0:
-        return Decision(Status.DISCARD, f"{change}, {required:.2f} asked for {cost}")
+        return Decision(Status.DISCARD, f"{change}, {required:.2f} asked for {_added(trial, best)}")
     return Decision(Status.DISCARD, change if gain else "no change in score")
 
 
-def _jitter_gb(best: Best) -> float:
-    """Memory that reruns of the same code differ by: 1 %, which makes nothing leaner or heavier."""
-    return 0.01 * best.memory_gb
+def _added(trial: Trial, best: Best) -> str:
+    nodes, memory = trial.nodes_added, _added_gb(trial, best)
+    parts = [f"{nodes} nodes more code"] * (nodes > 0) + [f"{memory:.1f} GiB more memory"] * (memory > 0)
+    return " and ".join(parts)
 
 
-def _cost(trial: Trial, best: Best) -> str:
-    parts = []
-    if trial.nodes_added:
-        parts.append(f"{abs(trial.nodes_added)} nodes {'more' if trial.nodes_added > 0 else 'less'} code")
-    if abs(memory := trial.memory_gb - best.memory_gb) > _jitter_gb(best):
-        parts.append(f"{abs(memory):.1f} GiB {'more' if memory > 0 else 'less'} memory")
-    return " and ".join(parts) or "no added cost"
+def _saved(trial: Trial, best: Best) -> str:
+    nodes, memory = -trial.nodes_added, -_added_gb(trial, best)
+    parts = [f"{nodes} nodes less code"] * (nodes > 0) + [f"{memory:.1f} GiB less memory"] * (memory > 0)
+    return " and ".join(parts)
 
 
 def pooled_sigma(reruns: Iterable[Sequence[float]], prior: float) -> float:

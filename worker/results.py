@@ -18,9 +18,16 @@ from .ratchet import pooled_sigma, prior_sigma
 _TSV_STATUS = {Status.KEEP: "keep", Status.DISCARD: "discard"}
 
 
+def plain(text: str) -> str:
+    """One line of text that does nothing to a terminal: control characters and bidirectional overrides are gone."""
+    return " ".join(
+        re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u200e\u200f\u202a-\u202e\u2066-\u2069]", " ", text).split()
+    )
+
+
 def one_line(text: str) -> str:
-    """A description that fits a TSV cell: no tabs, commas, newlines or other control characters."""
-    return re.sub(r"\s+", " ", re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", " ", text).replace(",", ";")).strip()
+    """A description that fits a TSV cell: `plain`, and no commas."""
+    return plain(text.replace(",", ";"))
 
 
 def to_tsv(experiments: Iterable[Experiment], metric: str) -> str:

@@ -30,6 +30,7 @@ MARK = "SWARM_RUN"  #: environment variable by which every process of a run is f
 TAIL_LINES = 50  #: lines of run.log that a crash is diagnosed from (reference, "Crash Handling Protocol")
 POLL_S = 0.05
 MEMORY_EVERY_S = 0.25
+STRAY_PASSES = 10  #: looks for what a run left behind; one more whenever one has found something
 EVAL_COMMAND_S = 60.0  #: an eval command reads a log; longer than this it hangs
 UNTIMED_STEPS = 3  #: tokens drawn before the clock starts: one step's worth, and what a loader reads ahead
 
@@ -257,20 +258,27 @@ def end_strays(run_id: str | None, worktree: Path | None = None) -> int:
     With `worktree` instead of a run's id: whatever any run left behind in that worktree, after a killed worker.
     """
     ended = 0
-    for process in psutil.process_iter():
-        try:
-            environment = process.environ()
-            mine = environment.get(MARK) == run_id if run_id else MARK in environment and _inside(process, worktree)
-            if mine and process.pid != os.getpid():
+    for _ in range(STRAY_PASSES):  # again, for what was forked while the last pass looked
+        found = [process for process in psutil.process_iter() if _is_stray(process, run_id, worktree)]
+        for process in found:
+            with contextlib.suppress(psutil.Error):
                 process.kill()
-                ended += 1
-        except psutil.Error:
-            continue  # gone, or not ours to look at
+        ended += len(found)
+        if not found:
+            break
     return ended
 
 
-def _inside(process: psutil.Process, worktree: Path | None) -> bool:
-    return worktree is not None and process.environ().get("SWARM_WORKTREE") == str(worktree)
+def _is_stray(process: psutil.Process, run_id: str | None, worktree: Path | None) -> bool:
+    try:
+        environment = process.environ()
+        if process.pid == os.getpid() or process.status() == psutil.STATUS_ZOMBIE or MARK not in environment:
+            return False
+    except psutil.Error:
+        return False  # gone, or not ours to look at
+    if run_id is not None:
+        return environment[MARK] == run_id
+    return worktree is not None and environment.get("SWARM_WORKTREE") == str(worktree)
 
 
 def _outcome(order: Order, log: Path, watcher: _Watcher, killed: str | None, exit_code: int) -> RunOutcome:

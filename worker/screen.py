@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from rich.console import Console
 from rich.live import Live
-from rich.markup import escape
 from rich.text import Text
 
 from shared.task import TaskSpec
 from shared.wire import Status
 
 from .journal import Experiment
-from .results import Standing, one_line
+from .results import Standing, one_line, plain
 from .runner import Progress
 
 _STYLE = {Status.KEEP: "bold green", Status.DISCARD: "dim", Status.CRASH: "red", Status.TIMEOUT: "red"}
@@ -74,11 +73,11 @@ class TerminalScreen:
         line = f"{experiment.number:>4}  {score:>10}  {experiment.status:<8} {one_line(experiment.description)}"
         self._console.print(
             Text(line, style=_STYLE.get(experiment.status, "")),
-            Text(f"({experiment.reason})", style="dim"),
+            Text(f"({plain(experiment.reason)})", style="dim"),
             soft_wrap=True,
         )
         if standing:
             self._levels.append(standing.best)
 
     def note(self, text: str) -> None:
-        self._console.print(f"      [yellow]{escape(text)}[/yellow]", soft_wrap=True, highlight=False)
+        self._console.print(Text(f"      {plain(text)}", style="yellow"), soft_wrap=True)

@@ -122,12 +122,7 @@ class Workspace:
     def keep(self, results: str, message: str, at: int) -> str:
         """Folds results.tsv into T and returns K. The same rows and time give the same K again."""
         self._write_results(results)
-        self.repo.run("add", "--force", "--", self._prefix + RESULTS)
-        date = f"@{at} +0000"
-        self.repo.run(
-            "commit", "--quiet", "--amend", "--no-verify", "--allow-empty", f"--date={date}", "-m", message, date=date
-        )
-        return self.repo.head()
+        return self.repo.amend([self._prefix + RESULTS], f"@{at} +0000", message)
 
     def reset(self, commit: str, results: str) -> None:
         """Back to a commit, hard; files that a run left behind go; results.tsv is written anew (its rows survive)."""

@@ -8,10 +8,11 @@ experiments), so a restart forgets nothing and the cost does not grow with the c
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +25,9 @@ from ..workspace import Files, code_state
 from . import Proposal
 
 WINDOW = 200  #: experiments that a sampler learns from: the best quarter of these, and the latest
-ATTEMPTS = 60  #: draws before the search says that it has nothing new
+ATTEMPTS = 60  #: draws before what is left is looked up in order
+ENUMERATED = 64  #: values of a constant that are looked up in order
+COMBINATIONS = 20_000  #: combinations looked up before the search says that it has nothing new
 CHANGES = (1, 1, 1, 2, 2, 3)  #: how many constants a TPE proposal changes, drawn evenly
 FAR = 0.1  #: a number is moved by at least this share of its range: smaller steps drown in the noise
 NOT_SEARCHED = frozenset(
@@ -56,21 +59,31 @@ class Domain:
 
     @property
     def whole(self) -> bool:
-        """Whether only integers are tried."""
-        return isinstance(self.present, int)
+        """Whether only integers are tried: the present value is one, and so are the ends of its range."""
+        return isinstance(self.present, int) and float(self.low).is_integer() and float(self.high).is_integer()
 
     def contains(self, value: Any) -> bool:
-        return (
-            value in self.choices
-            if self.choices
-            else isinstance(value, (int, float)) and self.low <= value <= self.high
-        )
+        if self.choices:
+            return value in self.choices
+        return isinstance(value, int if self.whole else (int, float)) and self.low <= value <= self.high
 
     def tidy(self, value: float) -> Literal:
-        """A drawn number as a person would write it: an integer, or two significant digits inside the range."""
+        """A drawn number as a person would write it: whole, or to about a hundredth of its range, inside the range."""
         if self.whole:
             return int(min(max(round(value), self.low), self.high))
-        return min(max(float(f"{value:.2g}"), self.low), self.high)
+        if self.log and self.high > 4 * self.low:
+            short = float(f"{value:.2g}")
+        else:
+            short = round(value, 2 - math.ceil(math.log10(self.high - self.low)))
+        return float(min(max(short, self.low), self.high))
+
+    def values(self) -> list[Literal]:
+        """Everything it can be, where that is a short list; else only what it is."""
+        if self.choices:
+            return list(self.choices)
+        if self.whole and self.high - self.low < ENUMERATED:
+            return list(range(int(self.low), int(self.high) + 1))
+        return [self.present]
 
 
 class Search:
@@ -115,17 +128,42 @@ class Search:
         )
         untried = [d for d in domains if not any(d.name in e.edits for e in history)]
         for attempt in range(ATTEMPTS):
-            # A constant whose every value was tried alone cannot start a first pass again: fall through to mixtures.
-            first = untried[0] if untried and attempt < ATTEMPTS // 3 else None
-            edits = sampler.draw(first)
-            if not edits or _key(edits) in tried_edits:
-                continue
-            changed = _apply(files, domains, edits)
-            if code_state({**files, **changed}) in tried_codes:
-                continue
-            params = {d.name: edits.get(d.name, d.present) for d in domains}
-            return Proposal(_describe(domains, edits, changed), changed, self.name, edits, params)
+            first = untried[attempt * 2 * len(untried) // ATTEMPTS] if attempt < ATTEMPTS // 2 and untried else None
+            if proposal := self._new(files, domains, sampler.draw(first), tried_edits, tried_codes):
+                return proposal
+        for edits in _combinations(domains):
+            if proposal := self._new(files, domains, edits, tried_edits, tried_codes):
+                return proposal
         return None
+
+    def _new(
+        self,
+        files: Files,
+        domains: Sequence[Domain],
+        edits: Mapping[str, Literal],
+        tried_edits: Set[tuple[tuple[str, str], ...]],
+        tried_codes: Set[str],
+    ) -> Proposal | None:
+        """The proposal to make these edits, or None when there is nothing in them or it has been tried."""
+        if not edits or _key(edits) in tried_edits:
+            return None
+        changed = _apply(files, domains, edits)
+        if code_state({**files, **changed}) in tried_codes:
+            return None
+        params = {d.name: edits.get(d.name, d.present) for d in domains}
+        return Proposal(_describe(domains, edits, changed), changed, self.name, edits, params)
+
+
+def _combinations(domains: Sequence[Domain]) -> Iterator[dict[str, Literal]]:
+    """What short lists of values there are, changed alone, then two at a time, and so on."""
+    short = [d for d in domains if len(d.values()) > 1]
+    every = (
+        dict(zip((d.name for d in chosen), values, strict=True))
+        for count in range(1, len(short) + 1)
+        for chosen in itertools.combinations(short, count)
+        for values in itertools.product(*([v for v in d.values() if v != d.present] for d in chosen))
+    )
+    return itertools.islice(every, COMBINATIONS)
 
 
 def _domain(file: str, constant: Constant, given: Range | None) -> Domain | None:

@@ -131,25 +131,32 @@ def test_the_same_key_in_two_tables_is_two_constants() -> None:
 
 
 def test_a_key_in_an_array_of_tables_does_not_belong_to_the_table_above() -> None:
-    # BUG: `[[runs]]` is not seen as a heading, so runs' keys pass for model's (and hide model's own of that name).
+    # Was: `[[runs]]` is not seen as a heading, so runs' keys pass for model's (and hide model's own of that name).
     found = values("a.toml", "[model]\ndepth = 4\n[[runs]]\ndepth = 8\nsteps = 3\n")
     assert found["model.depth"] == 4
     assert "model.steps" not in found
 
 
 def test_the_last_line_of_a_nested_list_is_no_table() -> None:
-    # BUG: the line `[3, 4]` passes for a heading.
+    # Was: the line `[3, 4]` passes for a heading.
     assert values("a.toml", "grid = [\n  [1, 2],\n  [3, 4]\n]\ndepth = 3\n") == {"depth": 3}
+
+
+@pytest.mark.parametrize("line", ['names = ["a[", "b"]', "x = [1]  # see [a", "# [", 'k = "[["', "x = 0x1  # ["])
+def test_a_bracket_in_a_string_or_comment_opens_no_list(line: str) -> None:
+    # BUG: brackets are counted in strings and trailing comments, too, and the next heading is then overlooked.
+    found = values("a.toml", f"[first]\nn = 1\n{line}\n[second]\nn = 2\n")
+    assert (found["first.n"], found["second.n"]) == (1, 2)
 
 
 @pytest.mark.parametrize("separator", ["\u2028", "\x85"])
 def test_only_a_newline_ends_a_comment(separator: str) -> None:
-    # BUG: str.splitlines() also breaks at these, so the comment's second half passes for a key.
+    # Was: str.splitlines() also breaks at these, so the comment's second half passes for a key.
     assert values("a.toml", f"# was{separator}depth = 3\ndepth = 4\n") == {"depth": 4}
 
 
 def test_a_number_too_long_for_python_is_no_constant() -> None:
-    # BUG: int() raises ValueError beyond 4300 digits.
+    # Was: int() raises ValueError beyond 4300 digits.
     assert values("a.toml", f"k = {'1' * 5000}\nn = 2\n") == {"n": 2}
 
 
@@ -236,7 +243,7 @@ def test_inis_own_reader_sees_the_new_values() -> None:
 
 @pytest.mark.parametrize("value", [12, 0.25, 1e-5, 1e20, True, "b c"])
 def test_yamls_own_reader_sees_the_new_value(value: Literal) -> None:
-    # BUG (1e-5, 1e20): to YAML 1.1 `1e-05` is a string; it needs a point: `1.0e-05`.
+    # Was (1e-5, 1e20): to YAML 1.1 `1e-05` is a string; it needs a point: `1.0e-05`.
     assert yaml.safe_load(set_values("a.yaml", YAML, {"lr": value}))["lr"] == value
 
 
@@ -251,7 +258,7 @@ def test_a_string_keeps_its_quotes_and_truth_is_lower_case(old: str, new: Litera
 @pytest.mark.parametrize("old", ["'a'", '"a"'])
 @pytest.mark.parametrize("new", ["it's", 'say "x"', "both ' and \"", "two\nlines", "back\\slash"])
 def test_a_string_is_written_so_that_it_reads_back_or_is_refused(old: str, new: str) -> None:
-    # BUG: quotes, newlines and backslashes are put in as they are; the file is then broken or says something else.
+    # Was: quotes, newlines and backslashes are put in as they are; the file is then broken or says something else.
     try:
         text = set_values("a.toml", f"k = {old}\n", {"k": new})
     except EditError as error:

@@ -82,7 +82,7 @@ def test_a_commit_holds_only_the_given_paths(repo: Repo) -> None:
 
 
 def test_a_path_is_a_name_and_no_pattern(repo: Repo) -> None:
-    # BUG: `git add` reads `a*` as a pattern and stages `ab` too (the next plain --amend takes it along).
+    # Was: `git add` reads `a*` as a pattern and stages `ab` too (the next plain --amend takes it along).
     for name in ("a*", "ab"):
         put(repo, name, "one\n")
         repo.run("--literal-pathspecs", "add", "--", name)
@@ -152,7 +152,7 @@ def test_the_same_content_and_date_amend_to_the_same_hash(repo: Repo) -> None:
 
 
 def test_amending_takes_only_the_given_paths(repo: Repo) -> None:
-    # BUG: without `-- paths` git folds in whatever else is staged.
+    # Was: without `-- paths` git folds in whatever else is staged.
     put(repo, "staged.txt", "c\n")
     git(repo.path, "add", "staged.txt")
     put(repo, "results.tsv", "row\n")
@@ -321,7 +321,7 @@ def test_a_diff_names_what_changed_between_two_commits(repo: Repo) -> None:
     "config", ["", "[diff]\n\tnoprefix = true\n", "[diff]\n\tmnemonicPrefix = true\n", "[color]\n\tui = always\n"]
 )
 def test_a_diff_can_be_applied_whatever_the_users_config(repo: Repo, user_config: Path, config: str) -> None:
-    # BUG: the final newline is stripped (git: "corrupt patch"), and diff.noprefix takes away `a/` and `b/`.
+    # Was: the final newline is stripped (git: "corrupt patch"), and diff.noprefix takes away `a/` and `b/`.
     user_config.write_text(config)
     put(repo, "a.txt", "two\n")
     after = repo.commit(["a.txt"], "two")
@@ -407,6 +407,7 @@ def test_a_clone_never_writes_to_its_source(repo: Repo, tmp_path: Path) -> None:
     put(repo, "dirty.txt", "not committed\n")
     before = listing(repo.path)
     copy = clone(repo.path, tmp_path / "copies" / "copy", "h100")
+    assert listing(repo.path) == before
     put(copy, "a.txt", "two\n")
     copy.commit(["a.txt"], "in the copy")
     copy.run("gc", "--quiet", "--prune=now")
@@ -427,7 +428,7 @@ def test_a_clone_stands_without_its_source(repo: Repo, tmp_path: Path) -> None:
 def test_folders_may_be_named_from_where_one_stands(
     repo: Repo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # BUG: git runs inside the source, where the source's relative name means nothing.
+    # Was: git runs inside the source, where the source's relative name means nothing.
     monkeypatch.chdir(tmp_path)
     assert clone(Path("repo"), Path("copy")).head() == repo.head()
 
@@ -437,13 +438,29 @@ def test_a_clone_of_nothing_is_a_git_error(tmp_path: Path) -> None:
         clone(tmp_path / "elsewhere", tmp_path / "copy")
 
 
+# -- what a killed git leaves
+
+
+def test_left_locks_are_removed_and_named_and_nothing_else_goes(repo: Repo, tmp_path: Path) -> None:
+    repo.run("worktree", "add", "--quiet", str(tmp_path / "linked"), "-b", "other")
+    linked = Repo(tmp_path / "linked")
+    inside = repo.path / ".git"
+    for name in ("index.lock", "refs/heads/main.lock", "worktrees/linked/HEAD.lock"):
+        (inside / name).touch()
+    before = set(listing(inside))
+    assert linked.clear_locks(0.0) == ["HEAD.lock", "index.lock", "main.lock"]
+    assert before - set(listing(inside)) == {"index.lock", "refs/heads/main.lock", "worktrees/linked/HEAD.lock"}
+    assert linked.clear_locks(0.0) == []
+    repo.commit(["a.txt"], "git works again")
+
+
 # -- the right folder
 
 
 def test_a_folder_that_is_gone_is_an_error_and_not_the_current_folder(
     repo: Repo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # BUG: GitPython runs git in the CURRENT folder when its own is missing: a reset --hard would hit what stands here.
+    # Was: GitPython runs git in the CURRENT folder when its own is missing: a reset --hard would hit what stands here.
     monkeypatch.chdir(repo.path)
     put(repo, "a.txt", "work of hours\n")
     with pytest.raises(GitError, match="gone"):
@@ -453,7 +470,7 @@ def test_a_folder_that_is_gone_is_an_error_and_not_the_current_folder(
 
 @pytest.mark.parametrize("name", ["$HOME", "${PATH}", "a $LC_ALL b", "~", "ü 🦥 'x\""])
 def test_a_folder_is_named_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    # BUG: GitPython expands variables in the path; git init then runs in the current folder.
+    # Was: GitPython expands variables in the path; git init then runs in the current folder.
     monkeypatch.setenv("LC_ALL", "C")
     init(tmp_path / name)
     assert (tmp_path / name / ".git").is_dir()
@@ -503,7 +520,7 @@ def test_an_error_holds_the_command_the_folder_and_gits_words(repo: Repo) -> Non
     ],
 )
 def test_an_error_is_one_line(repo: Repo, arguments: list[str], words: str) -> None:
-    # BUG: git's words come with their newlines; what it says on stdout comes as "stdout: 'On branch main...".
+    # Was: git's words come with their newlines; what it says on stdout comes as "stdout: 'On branch main...".
     with pytest.raises(GitError) as caught:
         repo.run(*arguments)
     message = str(caught.value)

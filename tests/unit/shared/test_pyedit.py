@@ -100,7 +100,7 @@ def test_anything_else_is_no_constant(source: str) -> None:
         "with x as A:\n    pass",
         "def f():\n    global A\n    A = 2",
         "print(A := 2)",
-        # BUG: names bound without an ast.Name are not counted, so the first assignment passes for the only one.
+        # Was: names bound without an ast.Name are not counted, so the first assignment passes for the only one.
         "import A",
         "from x import A",
         "from x import y as A",
@@ -240,7 +240,7 @@ def test_setting_an_unknown_constant_names_it() -> None:
 
 @pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
 def test_a_value_that_is_no_literal_is_refused(value: float) -> None:
-    # BUG: writes `A = inf`, a NameError at the next run.
+    # Was: writes `A = inf`, a NameError at the next run.
     with pytest.raises(EditError):
         set_constants("A = 1.0\n", {"A": value})
 
@@ -280,7 +280,7 @@ def test_a_value_is_written_in_the_manner_of_the_old_one(value: Literal, like: s
     assert literal(value, like) == text
 
 
-# BUG: "\\'" in double quotes loses its backslash: the replace() undoes half of an escaped backslash.
+# Was: "\\'" in double quotes loses its backslash: the replace() undoes half of an escaped backslash.
 @settings(deadline=None)
 @given(st.text(), st.sampled_from(['"x"', "'x'", '"""x"""', "3"]))
 @example("\\'", '"x"')
@@ -359,7 +359,7 @@ def test_any_text_gives_constants_or_an_edit_error(text: str) -> None:
 
 @pytest.mark.parametrize("source", ["A = " + "+".join(["1"] * 2000), "A = " + "-" * 2000 + "1"])
 def test_a_very_deep_expression_gives_constants_or_an_edit_error(source: str) -> None:
-    # BUG: fold() recurses once for each operator and ends in a RecursionError; ast.parse takes about 3,000 levels.
+    # Was: fold() recurses once for each operator and ends in a RecursionError; ast.parse takes about 3,000 levels.
     try:
         found = constants(source)
     except EditError as error:

@@ -172,7 +172,7 @@ def test_an_unknown_key_like_no_other_is_answered_with_the_known_ones() -> None:
     [("budget_minutes", "budget_minuts"), ("metric_direction", "direction_metric"), ("mutable_files", "mutable_file")],
 )
 def test_a_misspelt_needed_key_is_named_not_only_missed(right: str, wrong: str) -> None:
-    # BUG: only `budget_minutes: missing` is said, to someone who is looking at his `budget_minuts: 5`.
+    # Was: only `budget_minutes: missing` is said, to someone who is looking at his `budget_minuts: 5`.
     message = complaint(SMALL.replace(f"{right}:", f"{wrong}:"))
     assert message.startswith(f"{wrong}: unknown key")
     assert right in message
@@ -215,7 +215,7 @@ def test_a_missing_key_is_named(key: str) -> None:
         ("budget_minutes", "null"),
         ("budget_minutes", "[5]"),
         ("budget_minutes", ".nan"),
-        # BUG: an infinite budget never ends a run.
+        # Was: an infinite budget never ends a run.
         ("budget_minutes", ".inf"),
         ("branch_prefix", "a/b"),
         ("branch_prefix", "''"),
@@ -260,13 +260,13 @@ def test_an_unknown_profile_is_answered_with_the_known_ones() -> None:
         ("search_space: {LR: {low: 2, high: 1}}", "search_space.LR"),
         ("search_space: {LR: {low: 0, high: 1, log: true}}", "search_space.LR"),
         ("search_space: {LR: {low: a, high: 1}}", "search_space.LR.low"),
-        # BUG: half a range beside choices is silently ignored.
+        # Was: half a range beside choices is silently ignored.
         ("search_space: {LR: {low: 1, choices: [1]}}", "search_space.LR"),
         ("rungs: [{set: {DEPTH: 4}}]", "rungs.0.name"),
         ("rungs: [{name: a, set: {}}, {name: b}]", "rungs.1.set"),
         ("rungs: [{name: a, set: {}, budget_minutes: 0}]", "rungs.0.budget_minutes"),
         ("rungs: [{name: a, set: {}, needs: {memory_gb: much}}]", "rungs.0.needs.memory_gb"),
-        # BUG: said to be `rungs.0.set.DEPTH.bool`, a key that nobody wrote.
+        # Was: said to be `rungs.0.set.DEPTH.bool`, a key that nobody wrote.
         ("rungs: [{name: a, set: {DEPTH: [4]}}]", "rungs.0.set.DEPTH"),
     ],
 )
@@ -276,7 +276,7 @@ def test_a_wrong_inner_value_is_named_with_the_way_to_it(inner: str, key: str) -
 
 @pytest.mark.parametrize("inner", ["low: .nan, high: 1", "low: 0, high: .inf", "low: 0, high: .nan"])
 def test_a_range_is_finite(inner: str) -> None:
-    # BUG: infinity is a bound like any other, and nan is neither below nor above anything.
+    # Was: infinity is a bound like any other, and nan is neither below nor above anything.
     assert complaint(f"{SMALL}search_space: {{LR: {{{inner}}}}}\n").startswith("search_space.LR")
 
 
@@ -294,10 +294,10 @@ def test_a_range_is_finite(inner: str) -> None:
         "\x00",
         "? [1]\n: 2",
         "!!python/object:os.system {}",
-        # BUG: PyYAML builds these values itself and lets a ValueError through.
+        # Was: PyYAML builds these values itself and lets a ValueError through.
         "name: 2024-13-45",
         "name: 0b_",
-        # BUG: PyYAML recurses once for each bracket: RecursionError.
+        # Was: PyYAML recurses once for each bracket: RecursionError.
         "[" * 3000,
     ],
 )
@@ -312,7 +312,7 @@ def test_what_is_no_mapping_is_said_so(config: str, kind: str) -> None:
     assert complaint(config) == f"expected a mapping of keys to values, found {kind}"
 
 
-@pytest.mark.parametrize("key", ["1", '"a\\nb"', "null"])  # BUG: a newline in the key is a newline in the message
+@pytest.mark.parametrize("key", ["1", '"a\\nb"', "null"])  # Was: a newline in the key is a newline in the message
 def test_a_key_that_is_no_name_is_refused_in_one_line(key: str) -> None:
     assert complaint(f"{SMALL}{key}: 1\n")
 
@@ -325,7 +325,7 @@ def test_a_missing_config_says_how_to_make_one(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("content", [b"name: \xff\xfe\n", None], ids=["not UTF-8", "a folder"])
 def test_a_config_that_cannot_be_read_is_bad_input(tmp_path: Path, content: bytes | None) -> None:
-    # BUG: UnicodeDecodeError and IsADirectoryError come through (PermissionError would, too).
+    # Was: UnicodeDecodeError and IsADirectoryError come through (PermissionError would, too).
     path = tmp_path / CONFIG_NAME
     if content is None:
         path.mkdir()
@@ -363,10 +363,10 @@ def test_a_wrong_config_is_named_by_its_path(tmp_path: Path, config: str, messag
         ("mutable_files: [/etc/passwd]\n", "mutable_files", "/etc/passwd"),
         ("mutable_files: [link.py]\n", "mutable_files", "link.py"),
         ("mutable_files: [a.py]\nimmutable_files: [a.py]\n", "immutable_files", "a.py"),
-        # BUG: a folder passes for a mutable file; reading it later is an IsADirectoryError.
+        # Was: a folder passes for a mutable file; reading it later is an IsADirectoryError.
         ("mutable_files: [folder]\n", "mutable_files", "folder"),
         ("mutable_files: ['']\n", "mutable_files", ""),
-        # BUG: names are compared as written.
+        # Was: names are compared as written.
         ("mutable_files: [a.py]\nimmutable_files: [./a.py]\n", "immutable_files", "a.py"),
         ("mutable_files: [folder/b.py]\nimmutable_files: [folder]\n", "immutable_files", "folder"),
     ],

@@ -206,7 +206,7 @@ def test_a_keep_is_pending_until_it_is_folded_into_the_branch(path: Path) -> Non
     identity = start(journal)
     execute(journal, identity, 0.997)
     decide(journal, identity, Status.KEEP)
-    assert journal.pending is not None and journal.head is None
+    assert journal.pending is not None and journal.head is None and journal.since_keep == 0
     journal.append("kept", experiment=identity, commit="c0ffee")
     assert journal.pending is None and journal.head is not None and journal.head.kept == "c0ffee"
 

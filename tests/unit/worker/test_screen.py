@@ -52,6 +52,10 @@ def test_a_long_staircase_keeps_its_first_and_last_level(count: int) -> None:
     assert (stairs[0], stairs[-1]) == ("█", "▁")
 
 
+def test_the_last_step_is_seen_in_a_long_staircase() -> None:
+    assert staircase([5.0] * 999 + [1.0], 1) == "█" * (WIDTH - 1) + "▁"
+
+
 @pytest.mark.parametrize(("sign", "block"), [(1, "█"), (-1, "▁")])
 def test_a_constant_best_is_a_row_of_its_starting_block(sign: int, block: str) -> None:
     assert staircase([0.5] * 5, sign) == block * 5

@@ -239,6 +239,16 @@ def test_a_code_that_someone_else_tried_is_not_proposed(sampler: str) -> None:
     assert search.propose({"train.py": TRAIN}, other.history) is None
 
 
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_edits_are_not_repeated_after_a_keep_either(sampler: str) -> None:
+    space = {name: {"choices": [1, 2, 3, 4, 5, 6, 7, 8]} for name in "AB"}
+    text = "A = 1\nB = 1\n"
+    ran = Campaign(Search(task(space, sampler), 1), {"train.py": text}, lambda at: 20.0 - at["A"] - at["B"])
+    edits = [json.dumps(dict(p.edits), sort_keys=True) for p in ran.run(20)]
+    assert sum(e.status is Status.KEEP for e in ran.history) > 2
+    assert len(edits) == len(set(edits)) > 4
+
+
 @pytest.mark.parametrize("seed", range(8))
 def test_the_first_pass_changes_one_constant_at_a_time_in_the_order_of_the_space(seed: int) -> None:
     first = campaign("tpe", never_better, seed).run(3)
@@ -393,11 +403,21 @@ def test_crashes_alone_do_not_break_the_search(sampler: str) -> None:
     assert len(crashing.run(30)) == 30
 
 
-def test_where_much_crashes_the_search_learns_to_stay_away() -> None:
-    """Whatever is wider than 64 has no memory for it."""
-    crashing = campaign("tpe", lambda at: None if at["WIDTH"] > 64 else never_better(at))
-    wide = [p.params["WIDTH"] > 64 for p in crashing.run(60)]
-    assert sum(wide[30:]) < len(wide[30:]) / 2
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("seed", range(3))
+def test_discards_teach_where_to_look(sampler: str, seed: int) -> None:
+    going = campaign(sampler, never_better, seed)
+    going.run(60)
+    scores = [e.score or 0.0 for e in going.history[1:]]
+    assert sum(scores[40:]) < sum(scores[:20])
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_crashes_count_against_the_values_that_crashed(seed: int) -> None:
+    """Below a decay of 0.1 all crashes, nothing else matters; blind to crashes, nine in ten would go there."""
+    crashing = campaign("tpe", lambda at: None if at["DECAY"] < 0.1 else 1.0, seed)
+    low = [p.edits["DECAY"] < 0.1 for p in crashing.run(60) if "DECAY" in p.edits]
+    assert sum(low) < 0.75 * len(low)
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
