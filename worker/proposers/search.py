@@ -67,14 +67,17 @@ class Domain:
             return value in self.choices
         return isinstance(value, int if self.whole else (int, float)) and self.low <= value <= self.high
 
-    def tidy(self, value: float) -> Literal:
-        """A drawn number as a person would write it: whole, or to about a hundredth of its range, inside the range."""
+    def tidy(self, value: float, digits: int = 2) -> Literal:
+        """A drawn number as a person would write it: whole, or to about a hundredth of its range, inside the range.
+
+        More digits than 2 where the tidy ones have been tried.
+        """
         if self.whole:
             return int(min(max(round(value), self.low), self.high))
         if self.log and self.high > 4 * self.low:
-            short = float(f"{value:.2g}")
+            short = float(f"{value:.{digits}g}")
         else:
-            short = round(value, 2 - math.ceil(math.log10(self.high - self.low)))
+            short = round(value, digits - math.ceil(math.log10(self.high - self.low)))
         return float(min(max(short, self.low), self.high))
 
     def values(self) -> list[Literal]:
@@ -131,7 +134,7 @@ class Search:
             first = untried[attempt * 2 * len(untried) // ATTEMPTS] if attempt < ATTEMPTS // 2 and untried else None
             if proposal := self._new(files, domains, sampler.draw(first), tried_edits, tried_codes):
                 return proposal
-        for edits in _combinations(domains):
+        for edits in itertools.chain(_combinations(domains), _anything(domains, draw)):
             if proposal := self._new(files, domains, edits, tried_edits, tried_codes):
                 return proposal
         return None
@@ -164,6 +167,19 @@ def _combinations(domains: Sequence[Domain]) -> Iterator[dict[str, Literal]]:
         for values in itertools.product(*([v for v in d.values() if v != d.present] for d in chosen))
     )
     return itertools.islice(every, COMBINATIONS)
+
+
+def _anything(domains: Sequence[Domain], draw: random.Random) -> Iterator[dict[str, Literal]]:
+    """Random changes in finer steps than a sampler's tidy ones; endless wherever a constant is continuous."""
+    continuous = [d for d in domains if not d.choices and not d.whole]
+    for _ in range(ATTEMPTS if continuous else 0):
+        free = {draw.choice(continuous), *draw.sample(domains, draw.randint(0, len(domains) - 1))}
+        drawn = {
+            d: draw.choice(d.values()) if d.choices or d.whole else _value(d, draw.random(), digits=4)
+            for d in domains
+            if d in free
+        }
+        yield {d.name: value for d, value in drawn.items() if value != d.present}
 
 
 def _domain(file: str, constant: Constant, given: Range | None) -> Domain | None:
@@ -331,10 +347,12 @@ def _unit(domain: Domain, value: Any) -> float:
     return (at - low) / (high - low) if high > low else 0.5
 
 
-def _value(domain: Domain, place: float) -> Literal:
+def _value(domain: Domain, place: float, digits: int = 2) -> Literal:
     if domain.choices:
         ordered = sorted(domain.choices)  # numbers only
         return ordered[round(place * (len(ordered) - 1))]
     if domain.log:
-        return domain.tidy(math.exp(math.log(domain.low) + place * (math.log(domain.high) - math.log(domain.low))))
-    return domain.tidy(domain.low + place * (domain.high - domain.low))
+        return domain.tidy(
+            math.exp(math.log(domain.low) + place * (math.log(domain.high) - math.log(domain.low))), digits
+        )
+    return domain.tidy(domain.low + place * (domain.high - domain.low), digits)

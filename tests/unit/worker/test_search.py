@@ -505,3 +505,13 @@ def test_a_small_space_of_two_constants_is_tried_wholly(sampler: str, seed: int)
     )
     assert len(small.run(20)) == 8
     assert small.step() is None
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_a_continuous_space_never_runs_out(sampler: str) -> None:
+    """The best is narrow: the sampler keeps drawing tidy values that have been tried."""
+    space = {"LR": {"low": 0.01, "high": 1.0, "log": True}}
+    narrow = Campaign(
+        Search(task(space, sampler), 1), {"train.py": "LR = 0.5\n"}, lambda at: 1.0 + abs(math.log(at["LR"] / 0.2))
+    )
+    assert len(narrow.run(120)) == 120
