@@ -2,7 +2,7 @@
 
     python benchmarks/kill_restart.py --kills 50
 
-A fast task (milliseconds a run), real git, real processes. After each kill it restarts the worker; in the end it lets
+A fast task (milliseconds a run), real git, real processes; the first kills hit the first set-up. After each kill it restarts the worker; in the end it lets
 it finish one experiment and checks: every decided experiment of the journal stands in results.tsv exactly once, HEAD is
 the last keep, no process of a run is left, every tested commit is reachable. Exit 1 when a count is not 0.
 """
@@ -43,6 +43,10 @@ def survivors(worktree: Path) -> int:
     return count
 
 
+def size_of(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
 def check(folder: Path, state: Path) -> dict[str, int]:
     """Counts of what must not be; all 0 when the state is right."""
     events = [json.loads(line) for line in (state / "journal.jsonl").read_text().splitlines()]
@@ -76,8 +80,8 @@ def main() -> int:
         folder = fast_task.make(Path(temporary) / "task")
         environment = {**os.environ, "NAP": "0.05", "PYTHONPATH": str(ROOT)}
         one = swarm(folder, "run", "--yes", "--name", "bench", "--tag", "kill", "--experiments", "1")
-        subprocess.run(one, env=environment, check=True, stdout=subprocess.DEVNULL)
         state = folder / ".swarm" / "kill-bench"
+        journal = state / "journal.jsonl"
         for kill in range(arguments.kills):
             worker = subprocess.Popen(
                 [part for part in one if part not in ("--experiments", "1")],
@@ -85,11 +89,11 @@ def main() -> int:
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.STDOUT,
             )
-            before = (state / "journal.jsonl").stat().st_size
+            before = size_of(journal)
             patience = time.monotonic() + 60
             if kill % 2:  # anywhere, also while it starts and picks up what the last kill left
                 time.sleep(draw.uniform(0, 1.5))
-            while not kill % 2 and (state / "journal.jsonl").stat().st_size == before and time.monotonic() < patience:
+            while not kill % 2 and size_of(journal) == before and time.monotonic() < patience:
                 time.sleep(0.01)  # it is at work once the journal grows
             time.sleep(0 if kill % 2 else draw.uniform(0, 0.6))
             worker.send_signal(signal.SIGKILL)

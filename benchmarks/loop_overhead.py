@@ -84,7 +84,7 @@ def main() -> None:
         alone = command_alone(folder)
         watch = Stopwatch()
         setup = Setup(campaign, replace(detect(), name="bench"), "overhead")
-        loop, journal = setup.loop(Counting(), watch, threading.Event(), lambda *_: None)
+        loop = setup.loop(Counting(), watch, threading.Event(), lambda *_: None)
         loop.establish()
         loop.go(arguments.experiments)
         spent = [after - before - alone for before, after in zip(watch.at, watch.at[1:], strict=False)]
@@ -96,7 +96,7 @@ def main() -> None:
         print(f"around experiment 100: {early:.3f} s; last 100: {late:.3f} s; ratio {late / early:.2f}")
 
         search = Search(load_task(folder), seed=1)
-        history = [replace(e, params=search.params({"train.py": fast_task.TRAIN})) for e in journal.experiments]
+        history = [replace(e, params=search.params({"train.py": fast_task.TRAIN})) for e in setup.journal.experiments]
         for count in (100, len(history)):
             times = []
             for _ in range(10):

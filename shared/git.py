@@ -12,6 +12,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")  # a missing git is our message to give, not an import error
 import git as gitpython
 
 from .errors import SwarmError
@@ -45,19 +46,22 @@ class GitError(SwarmError):
 class Repo:
     """A working tree (or bare repository) and the git calls we make in it."""
 
-    def __init__(self, path: Path, author: str = "swarm") -> None:
+    def __init__(self, path: Path, author: str = "swarm", ceiling: Path | None = None) -> None:
+        """`ceiling`: git looks for the repository below this folder only, never in one around it."""
         self.path = path.absolute()
-        self._author = author
+        self.author = author
+        self._ceiling = {"GIT_CEILING_DIRECTORIES": str(ceiling.absolute())} if ceiling else {}
         # Without a folder: GitPython would expand `~` and `$X` in it, and use the current one where it is missing.
         self._git = gitpython.Git()
 
     def run(self, *arguments: str, date: str | None = None, strip: bool = True) -> str:
         """Runs git and returns its output. `date` fixes author and committer time. Raises GitError."""
         environment = {
-            "GIT_AUTHOR_NAME": self._author,
-            "GIT_AUTHOR_EMAIL": f"{self._author}@swarm",
-            "GIT_COMMITTER_NAME": self._author,
-            "GIT_COMMITTER_EMAIL": f"{self._author}@swarm",
+            **self._ceiling,
+            "GIT_AUTHOR_NAME": self.author,
+            "GIT_AUTHOR_EMAIL": f"{self.author}@swarm",
+            "GIT_COMMITTER_NAME": self.author,
+            "GIT_COMMITTER_EMAIL": f"{self.author}@swarm",
             "GIT_TERMINAL_PROMPT": "0",
             "LC_ALL": "C",
         }
@@ -68,7 +72,13 @@ class Repo:
         settings = (part for setting in _SAFE for part in ("-c", setting))
         command = ["git", "-C", str(self.path), "--literal-pathspecs", *settings, *arguments]
         try:
-            output = self._git.execute(command, env=environment, strip_newline_in_stdout=strip, with_exceptions=True)
+            output = self._git.execute(
+                command,
+                env=environment,
+                strip_newline_in_stdout=strip,
+                with_exceptions=True,
+                start_new_session=True,  # Ctrl-C is for the worker to act on, not for a git in the middle of a commit
+            )
         except gitpython.exc.GitCommandNotFound:
             raise GitError("git is not installed or not on PATH") from None
         except gitpython.exc.GitCommandError as error:
@@ -90,11 +100,17 @@ class Repo:
             return None
 
     def top(self) -> Path | None:
-        """The working tree's root, or None outside any repository."""
+        """The working tree's root, or None outside any repository. Raises GitError for one that git will not touch."""
         try:
             return Path(self.run("rev-parse", "--show-toplevel"))
-        except GitError:
-            return None
+        except GitError as error:
+            if "not a git repository" in str(error):
+                return None
+            raise
+
+    def is_ancestor(self, older: str, newer: str) -> bool:
+        """Whether `newer` holds all of `older`'s history."""
+        return self.run("merge-base", older, newer) == older
 
     def show(self, revision: str, path: str) -> str:
         """A file's text at a revision, newlines kept."""

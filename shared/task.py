@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Annotated, Literal
 
 import yaml
@@ -104,6 +104,12 @@ class TaskSpec(_Strict):
     data: str = "sotu"  #: data set of that profile
     train_shards: Annotated[int, Field(ge=1)] | None = None  #: training shards to pack; the profile's number by default
 
+    @field_validator("mutable_files", "immutable_files")
+    @classmethod
+    def _plain_names(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        """`./train.py` is train.py: names are compared as text later on."""
+        return tuple(str(PurePosixPath(name)) if name else name for name in names)
+
     @model_validator(mode="after")
     def _known_profile(self) -> TaskSpec:
         if self.profile is not None and self.profile not in PROFILES:
@@ -146,8 +152,8 @@ def _check_file(folder: Path, key: str, name: str, where: str) -> None:
         raise BadInput(f"{where}: {key}: {name!r} does not exist in {folder}")
     if not file.resolve().is_relative_to(folder.resolve()):
         raise BadInput(f"{where}: {key}: {name!r} lies outside {folder}")
-    if key == "mutable_files" and not file.is_file():
-        raise BadInput(f"{where}: {key}: {name!r} is no file")
+    if key == "mutable_files" and (file.is_symlink() or not file.is_file()):
+        raise BadInput(f"{where}: {key}: {name!r} is no plain file")
 
 
 def parse_task(text: str, where: str) -> TaskSpec:

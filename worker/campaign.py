@@ -50,14 +50,19 @@ def _refuse_existing(folder: Path) -> None:
         raise AlreadyThere(f"{folder}: exists and is not empty; name a new directory")
 
 
-def create(folder: Path, profile: str, backend: str, data: str) -> Campaign:
-    """A campaign from the template. Raises AlreadyThere, or BadInput for an unknown profile or backend."""
+def check(folder: Path, profile: str, backend: str) -> None:
+    """Whether a campaign can be made so. Raises AlreadyThere, or BadInput for an unknown profile or backend."""
     _refuse_existing(folder)
     if profile not in PROFILES:
         raise BadInput(f"--profile {profile}: one of {', '.join(PROFILES)}")
-    source = TEMPLATE / backend / "train.py"
-    if not source.exists():
+    if backend not in _backends():
         raise BadInput(f"--backend {backend}: there is no template for it; one of {', '.join(_backends())}")
+
+
+def create(folder: Path, profile: str, backend: str, data: str) -> Campaign:
+    """A campaign from the template. Raises as `check` does."""
+    check(folder, profile, backend)
+    source = TEMPLATE / backend / "train.py"
     settings = yaml.safe_load((TEMPLATE / "profiles.yaml").read_text())[profile]
     train = pyedit.set_constants(source.read_text(), settings["set"])
     config = _config(folder.resolve().name, profile, data, train, settings["search_space"])
@@ -96,7 +101,7 @@ def _config(name: str, profile: str, data: str, train: str, space: dict[str, Any
         "eval_command": f"grep '^{_METRIC}:' run.log",
         "budget_minutes": PROFILES[profile].time_budget_s / 60,
         "branch_prefix": "autoresearch",
-        "rules": [],  # what holds everywhere stands in program.md; a task's own rules are added there
+        "rules": [],
         "profile": profile,
         "data": data,
         "search_space": searched,
@@ -107,7 +112,6 @@ def _config(name: str, profile: str, data: str, train: str, space: dict[str, Any
 
 
 def _program(task: TaskSpec) -> str:
-    rules = "".join(f"- {rule}.\n" for rule in task.rules)
     return (
         (TEMPLATE / "program.md")
         .read_text()
@@ -119,7 +123,6 @@ def _program(task: TaskSpec) -> str:
             budget=f"{task.budget_s:g} seconds",
             metric=task.metric,
             direction="lower is better" if task.sign > 0 else "higher is better",
-            rules=rules,
         )
     )
 
@@ -133,8 +136,12 @@ def adopt(folder: Path, source: Path) -> Campaign:
     _refuse_existing(folder)
     if not source.is_dir():
         raise BadInput(f"--from {source}: no such directory")
+    if folder.resolve().is_relative_to(source.resolve()):
+        raise BadInput(f"{folder}: lies inside --from {source}; name a directory elsewhere")
     recognised = None if (source / CONFIG_NAME).exists() else _recognise(source)
     top = git.Repo(source).top()
+    if top is not None and recognised is None:
+        _refuse_uncommitted(git.Repo(top), source, load_task(source))
     prefix = source.resolve().relative_to(top.resolve()) if top else Path()
     made_before = folder.exists()
     try:
@@ -160,6 +167,14 @@ def adopt(folder: Path, source: Path) -> Campaign:
         raise
 
 
+def _refuse_uncommitted(repo: git.Repo, source: Path, task: TaskSpec) -> None:
+    names = [(source / name).resolve() for name in (CONFIG_NAME, *task.mutable_files, *task.immutable_files)]
+    for path in repo.changed_paths():
+        changed = (repo.path / path).resolve()
+        if any(changed == name or changed.is_relative_to(name) for name in names):
+            raise BadInput(f"--from {source}: {path} is not committed; what is copied is the last commit, so commit it")
+
+
 def _recognise(folder: Path) -> str:
     """The common shape: train.py prints val_bpb, prepare.py is fixed and holds TIME_BUDGET."""
     if not (folder / "train.py").exists() or not (folder / "prepare.py").exists():
@@ -169,8 +184,10 @@ def _recognise(folder: Path) -> str:
     budget: Any = 300
     fixed = [name for name in ("prepare.py", "constants.py", "program.md") if (folder / name).exists()]
     for name in fixed:
-        found = constants.find(name, (folder / name).read_text()) if name.endswith(".py") else {}
+        found = _constants_of(folder / name)
         budget = found["TIME_BUDGET"].value if "TIME_BUDGET" in found else budget
+    if isinstance(budget, (str, bool)) or budget <= 0:
+        raise BadInput(f"--from {folder}: TIME_BUDGET is {budget!r}, expected seconds; write an {CONFIG_NAME}")
     with_uv = (folder / "uv.lock").exists() and shutil.which("uv")
     return _to_yaml(
         {
@@ -186,6 +203,13 @@ def _recognise(folder: Path) -> str:
             "rules": ["Only modify files listed in mutable_files", "Do not install new dependencies"],
         }
     )
+
+
+def _constants_of(path: Path) -> dict[str, pyedit.Constant]:
+    try:
+        return constants.find(path.name, path.read_text()) if path.suffix == ".py" else {}
+    except pyedit.EditError as error:
+        raise BadInput(f"--from {path}: {error}") from None
 
 
 def _to_yaml(config: dict[str, Any]) -> str:

@@ -10,6 +10,8 @@ import sys
 import tempfile
 import threading
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
@@ -58,6 +60,9 @@ def main() -> None:
         sys.exit(error.exit_code)
     except typer.Exit as leave:
         sys.exit(leave.exit_code)
+    except OSError as error:
+        print(f"swarm: {error}", file=sys.stderr)
+        sys.exit(BadInput.exit_code)
     except (typer.Abort, KeyboardInterrupt):
         print("swarm: stopped", file=sys.stderr)
         sys.exit(130)
@@ -76,15 +81,19 @@ def _say(as_json: bool, value: dict[str, Any], text: str) -> None:
 def init(
     directory: Annotated[Path, typer.Argument(help="The new campaign directory.")],
     source: Annotated[Path | None, typer.Option("--from", help="An existing repository to adopt as it is.")] = None,
-    profile: Annotated[str, typer.Option(help="Constants for the hardware: h100, apple or tiny.")] = "tiny",
-    backend: Annotated[str, typer.Option(help="Which train template: torch.")] = "torch",
+    profile: Annotated[str | None, typer.Option(help="Constants for the hardware: h100, apple or tiny.")] = None,
+    backend: Annotated[str | None, typer.Option(help="Which train template: torch.")] = None,
     data: Annotated[Path | None, typer.Option(help="A folder of parquet shards with a `text` column.")] = None,
     as_json: Json = False,
 ) -> None:
     """Make a campaign: from the template, or from an existing repository (which is copied, never written to)."""
     if source is not None:
+        if profile or backend or data:
+            raise BadInput("--profile, --backend and --data belong to the template; with --from the repository decides")
         made = campaigns.adopt(directory, source)
     else:
+        profile, backend = profile or "tiny", backend or "torch"
+        campaigns.check(directory, profile, backend)
         made = campaigns.create(directory, profile, backend, preparing.register_data(data) if data else "sotu")
     _say(
         as_json,
@@ -177,26 +186,27 @@ def run(
 def _research(campaign: Campaign, machine: MachineProfile, tag: str, experiments: int | None, yes: bool) -> Setup:
     setup = Setup(campaign, machine, tag)
     stop = threading.Event()
-    _stop_on_signals(stop)
     console.print(f"{setup.branch} on {machine.accelerator or machine.chip} ({machine.machine_class})")
     screen = TerminalScreen(console, campaign.task)
     with locked(setup.state):
         with _Bar() as bar:
             proposer = Search(campaign.task, seed=zlib.crc32(setup.branch.encode()))
-            loop, journal = setup.loop(proposer, screen, stop, bar.update)
+            loop = setup.loop(proposer, screen, stop, bar.update)
+        journal = setup.journal
+        screen.resume(results.levels(journal))
         if setup.prepared:
             console.print(
                 f"data {campaign.task.data}: {setup.prepared.train_rows} rows, {setup.prepared.lost_train:.1%} lost"
             )
         try:
-            with screen:
+            with screen, _stopping(stop):
                 loop.establish()
         except BaselineFailed:
             print(journal.experiments[0].tail, file=sys.stderr)
-            setup.undo()
+            setup.undo_without_baseline()
             raise
         if not stop.is_set() and (yes or _approved(journal)):
-            with screen:
+            with screen, _stopping(stop):
                 loop.go(experiments)
         journal.close()
     if standing := results.standing(journal, campaign.task):
@@ -214,14 +224,21 @@ def _approved(journal: Journal) -> bool:
     return False
 
 
-def _stop_on_signals(stop: threading.Event) -> None:
+@contextmanager
+def _stopping(stop: threading.Event) -> Iterator[None]:
+    """Ctrl-C and SIGTERM end the run in progress cleanly; a second one ends us at once."""
+
     def handle(number: int, frame: FrameType | None) -> None:
         if stop.is_set():
             raise KeyboardInterrupt
         stop.set()
 
-    signal.signal(signal.SIGINT, handle)
-    signal.signal(signal.SIGTERM, handle)
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, action in before.items():
+            signal.signal(number, action)
 
 
 def _summary(standing: results.Standing, campaign: Campaign) -> str:
@@ -281,6 +298,8 @@ def plot(
     """Draw the progress picture: all experiments, keeps labelled, the running best as a staircase."""
     if out.suffix not in (".png", ".svg", ".pdf"):
         raise BadInput(f"--out {out}: end it in .png, .svg or .pdf")
+    if not out.absolute().parent.is_dir():
+        raise BadInput(f"--out {out}: {out.absolute().parent} is no directory")
     campaign, journal, state = _journal(here)
     draw(journal.experiments, campaign.task, f"{campaign.task.name}, {state.name}", out)
     _say(as_json, {"plot": str(out.resolve())}, f"plot {out.resolve()}")

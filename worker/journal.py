@@ -30,6 +30,8 @@ class Run:
     status: str | None  #: crash or timeout; None where there is a score
     reason: str  #: what happened, in words, where there is no score
     trained_share: float | None
+    digest: str | None = None  #: of all that the score depends on besides the mutable files; None without a profile
+    epochs: float | None = None  #: passes over the training rows
     tail: str = ""  #: the last lines of its log, where it failed
 
 
@@ -76,7 +78,8 @@ class Journal:
         self.experiments: list[Experiment] = []
         self.head: Experiment | None = None  #: the last keep
         self.since_keep = 0  #: decided experiments since then, reruns of HEAD not counted
-        self.voids = 0
+        self.interrupted = False  #: the last thing that happened is a run that does not count
+        self.digest: str | None = None  #: what this branch is measured with
         self.approved = False  #: a person said that the loop may go on by itself
         self._reran_at = 0
         self._by_id: dict[str, Experiment] = {}
@@ -111,6 +114,7 @@ class Journal:
             self._file.close()
 
     def _fold(self, event: dict[str, Any]) -> None:
+        self.interrupted = event["event"] == "void"
         match event["event"]:
             case "setup":
                 self.setup = event
@@ -123,9 +127,10 @@ class Journal:
                 experiment = self._by_id[event["experiment"]]
                 if experiment.status is not None:
                     self._reran_at = self.since_keep
-                experiment.runs.append(Run(**{name: event[name] for name in Run.__dataclass_fields__}))
-            case "void":
-                self.voids += 1
+                fields = Run.__dataclass_fields__.keys() & event.keys()
+                experiment.runs.append(Run(**{name: event[name] for name in fields}))
+            case "digest":
+                self.digest = str(event["digest"])
             case "approved":
                 self.approved = True
             case "decision":
@@ -151,6 +156,11 @@ class Journal:
     def since_rerun(self) -> int:
         """Experiments decided since HEAD's code last ran."""
         return self.since_keep - self._reran_at
+
+    @property
+    def commit(self) -> str:
+        """Where the branch stands between experiments: the last keep, at first the base."""
+        return self.head.kept if self.head and self.head.kept else str(self.setup["base"])
 
     def best(self) -> Best:
         """HEAD's code on this machine. Only after the baseline."""

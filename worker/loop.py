@@ -1,11 +1,13 @@
 """The ratchet loop of one machine, whole: propose -> commit -> run -> decide -> keep or reset, for ever.
 
 (Reference, "The Experiment Loop".) Each step is made durable in the journal before the next one starts, so a kill at
-any moment loses at most the run in progress, and that run is made again. HEAD of the branch is always the last keep.
+any moment loses at most the run in progress, and that run is made again. Between runs HEAD of
+the branch is the last keep.
 """
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 import shutil
 import threading
@@ -23,10 +25,8 @@ from . import ratchet, results
 from .journal import Experiment, Journal
 from .proposers import Proposal, Proposer
 from .ratchet import Decision, Policy, Trial
-from .runner import Deadlines, Expected, Interrupted, Order, Progress, RunOutcome, end_strays, run
+from .runner import Deadlines, Expected, Interrupted, Order, Progress, RunOutcome, run
 from .workspace import Workspace
-
-STALE_LOCK_S = 2.0  #: a git lock older than this, at start, has no owner: git calls here take milliseconds
 
 
 class BaselineFailed(BadInput):
@@ -66,7 +66,8 @@ class Loop:
         screen: Screen,
         stop: threading.Event,
     ) -> None:
-        """`state` is the folder for logs and the record, outside the worktree."""
+        """`state` is `<campaign>/.swarm/<name>`, the folder for logs and the record, outside the worktree."""
+        self._campaign = state.parent.parent
         self._task, self._workspace, self._journal, self._proposer = task, workspace, journal, proposer
         self._limits, self._state, self._screen, self._stop = limits, state, screen, stop
         settings = task.ratchet
@@ -150,6 +151,7 @@ class Loop:
     def _run(self, experiment: Experiment) -> RunOutcome:
         if self._workspace.immutable_changed():
             raise SwarmError(f"immutable files in {self._workspace.task_dir} differ from when this worker started")
+        self._workspace.drop_bytecode()
         run_id = str(uuid.uuid4())
         order = Order(
             self._task.run_command,
@@ -165,22 +167,30 @@ class Loop:
             self._limits.expected,
         )
         outcome = run(order, self._stop, self._screen.progress)
-        if outcome.status is None and self._workspace.immutable_changed():
+        if not self._workspace.sound():
+            outcome = replace(outcome, status=Status.CRASH, score=None, reason="it broke its worktree")
+            self._workspace.open(self._campaign, self._journal.setup["branch"], experiment.tested)
+        elif outcome.status is None and self._workspace.immutable_changed():
             outcome = replace(outcome, status=Status.CRASH, score=None, reason="it changed an immutable file")
-        logs = self._state / "logs"
-        logs.mkdir(exist_ok=True)
-        shutil.copyfile(order.cwd / "run.log", logs / f"{experiment.number:05d}-{run_id[:8]}.log")
+        self._keep_log(order.cwd / "run.log", f"{experiment.number:05d}-{run_id[:8]}.log")
         fields = {name: value for name, value in asdict(outcome).items() if name != "status"}
         self._journal.append("run", experiment=experiment.id, run=run_id, status=outcome.status, **fields)
         return outcome
+
+    def _keep_log(self, log: Path, name: str) -> None:
+        """Copies the run's log away, unless the run has removed it."""
+        folder = self._state / "logs"
+        folder.mkdir(exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            shutil.copyfile(log, folder / name)
 
     def _judge(self, experiment: Experiment, outcome: RunOutcome) -> Decision:
         if outcome.status is not None or outcome.score is None:
             return Decision(outcome.status or Status.CRASH, outcome.reason)
         if self._journal.head is None:
-            trial = Trial(outcome.score, outcome.memory_gb, 0, None)
-            verdict = ratchet.decide(ratchet.Best((outcome.score,), outcome.memory_gb), trial, 1.0, self._policy)
-            return verdict if verdict.status is Status.CRASH else Decision(Status.KEEP, "the baseline")
+            trial = Trial(outcome.score, outcome.memory_gb, 0, outcome.trained_share)
+            fault = ratchet.unfit(trial, self._policy)
+            return fault or Decision(Status.KEEP, "the baseline")
         trial = Trial(outcome.score, outcome.memory_gb, experiment.nodes_added, outcome.trained_share)
         sigma = results.noise_floor(self._journal, self._task)
         return ratchet.decide(self._journal.best(), trial, sigma, self._policy)
@@ -195,7 +205,7 @@ class Loop:
             )
             kept = self._workspace.keep(rows, message, experiment.decided_at)
             self._journal.append("kept", experiment=experiment.id, commit=kept)
-        self._workspace.reset(self._head_commit(), rows)
+        self._workspace.reset(self._journal.commit, rows)
 
     def _rerun(self) -> None:
         """HEAD's code once more: its level is the mean of its runs, so luck wears off."""
@@ -203,22 +213,18 @@ class Loop:
         assert head is not None
         self._screen.note(f"running HEAD again ({head.description})")
         outcome = self._run(head)
-        self._workspace.reset(self._head_commit(), results.to_tsv(self._journal.experiments, self._task.metric))
+        self._workspace.reset(self._journal.commit, results.to_tsv(self._journal.experiments, self._task.metric))
         level = "no score" if outcome.score is None else f"{outcome.score:.6f}"
         self._screen.note(f"HEAD again: {level}; mean of its {len(head.scores)} runs is the level to beat")
 
     # -- after an interruption
 
     def _recover(self) -> None:
-        """Ends what is left of a killed worker's run and brings branch, worktree and journal back in step."""
-        if strays := end_strays(None, self._workspace.root):
-            self._screen.note(f"ended {strays} processes of an earlier run")
-        if locks := self._workspace.repo.clear_locks(patience_s=STALE_LOCK_S):
-            self._screen.note(f"removed {', '.join(locks)}, left by a killed git")
+        """Brings branch and worktree back in step with the journal after a killed worker."""
         rows = results.to_tsv(self._journal.experiments, self._task.metric)
         pending = self._journal.pending
         if pending is None:
-            self._workspace.reset(self._head_commit(), rows)
+            self._workspace.reset(self._journal.commit, rows)
             return
         self._workspace.reset(pending.tested, rows)
         if pending.status is Status.KEEP:
@@ -234,7 +240,8 @@ class Loop:
             self._file(pending)
             self._screen.decided(pending, results.standing(self._journal, self._task))
         else:
-            self._void("the worker ended during the run")
+            if not self._journal.interrupted:
+                self._void("the worker ended during the run")
             self._screen.note(f"running again: {pending.description}")
             self._workspace.reset(pending.tested, rows)
             self._finish(pending)
@@ -243,10 +250,6 @@ class Loop:
         """The run in progress does not count; its experiment is tried again at the next start."""
         pending = self._journal.pending
         self._journal.append("void", experiment=pending.id if pending else None, status=Status.VOID, reason=reason)
-        self._workspace.reset(self._head_commit(), results.to_tsv(self._journal.experiments, self._task.metric))
+        self._workspace.reset(self._journal.commit, results.to_tsv(self._journal.experiments, self._task.metric))
         if pending:
             self._screen.note(f"{reason}: {pending.description} will be tried again")
-
-    def _head_commit(self) -> str:
-        head = self._journal.head
-        return head.kept if head and head.kept else str(self._journal.setup["base"])

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,20 +38,32 @@ def prepare(task_dir: Path, task: TaskSpec, profile: str, progress: Callable[[st
     if task.train_shards:
         environment["SWARM_TRAIN_SHARDS"] = str(task.train_shards)
     command = [sys.executable, "-m", "prepare"]
-    with subprocess.Popen(
-        command, cwd=task_dir, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
-        assert process.stdout is not None and process.stderr is not None
-        result = None
-        for line in process.stdout:
-            message = json.loads(line)
-            if "stage" in message:
-                progress(message["stage"], message["done"], message["of"])
-            elif "error" in message:
-                raise BadInput(f"data: {message['error']}")
-            else:
-                result = message
-        last_words = process.stderr.read().strip()
+    with tempfile.TemporaryFile("w+") as errors:
+        with subprocess.Popen(
+            command,
+            cwd=task_dir,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            start_new_session=True,
+        ) as process:
+            assert process.stdout is not None
+            result = None
+            try:
+                for line in process.stdout:
+                    message = json.loads(line)
+                    if "stage" in message:
+                        progress(message["stage"], message["done"], message["of"])
+                    elif "error" in message:
+                        raise BadInput(f"data: {message['error']}")
+                    else:
+                        result = message
+            except BaseException:  # Ctrl-C too: it resumes where it was when it is called again
+                process.kill()
+                raise
+        errors.seek(0)
+        last_words = errors.read().strip()
     if result is None:
         raise SwarmError(f"prepare failed: {last_words.splitlines()[-1] if last_words else process.returncode}")
     manifest = result["manifest"]

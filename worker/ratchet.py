@@ -72,6 +72,15 @@ def _added_gb(trial: Trial, best: Best) -> float:
     return added if abs(added) > 0.01 * best.memory_gb else 0.0
 
 
+def unfit(trial: Trial, policy: Policy) -> Decision | None:
+    """Why a run can never be a keep, the baseline included, whatever it is held against; None when it can."""
+    if not math.isfinite(trial.score) or (policy.positive and trial.score <= 0):
+        return Decision(Status.CRASH, f"score {trial.score:.6f} is impossible")
+    if trial.trained_share is not None and trial.trained_share > OVERTIME:
+        return Decision(Status.DISCARD, f"trained {trial.trained_share:.2f} x its budget, {OVERTIME} is the most")
+    return None
+
+
 def decide(best: Best, trial: Trial, sigma: float, policy: Policy) -> Decision:
     """Keep, discard or crash. Monotone: a better score, less code or less memory never turns a keep into a discard.
 
@@ -79,10 +88,8 @@ def decide(best: Best, trial: Trial, sigma: float, policy: Policy) -> Decision:
     """
     if not sigma > 0:
         raise ValueError(f"sigma is {sigma}; it must be above 0")
-    if not math.isfinite(trial.score) or (policy.positive and trial.score <= 0):
-        return Decision(Status.CRASH, f"score {trial.score:.6f} is impossible")
-    if trial.trained_share is not None and trial.trained_share > OVERTIME:
-        return Decision(Status.DISCARD, f"trained {trial.trained_share:.2f} x its budget, {OVERTIME} is the most")
+    if fault := unfit(trial, policy):
+        return fault
     gain = policy.sign * (best.level(policy) - trial.score)
     sigmas = gain / sigma
     required = required_gain(trial, best, policy)

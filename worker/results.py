@@ -80,6 +80,17 @@ def standing(journal: Journal, task: TaskSpec) -> Standing | None:
     )
 
 
+def levels(journal: Journal) -> list[float]:
+    """The score of HEAD's code after each decided experiment, reruns not counted: the staircase so far."""
+    steps: list[float] = []
+    for e in journal.experiments:
+        if e.status is Status.KEEP and e.score is not None:
+            steps.append(e.score)
+        elif steps and e.status is not None:
+            steps.append(steps[-1])
+    return steps
+
+
 def noise_floor(journal: Journal, task: TaskSpec) -> float:
     """Sigma: pooled over this machine's reruns, shrunk toward its class's prior."""
     baseline = journal.experiments[0].scores[0]
@@ -103,6 +114,8 @@ def to_dicts(experiments: Iterable[Experiment]) -> list[dict[str, Any]]:
             "description": e.description,
             "proposer": e.proposer,
             "seeds": [run.seed for run in e.runs],
+            "digest": e.runs[0].digest if e.runs else None,
+            "epochs": e.runs[0].epochs if e.runs else None,
         }
         for e in experiments
     ]

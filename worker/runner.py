@@ -35,10 +35,11 @@ EVAL_COMMAND_S = 60.0  #: an eval command reads a log; longer than this it hangs
 UNTIMED_STEPS = 3  #: tokens drawn before the clock starts: one step's worth, and what a loader reads ahead
 
 _REDIRECT = re.compile(r"\s*(?:>\s*run\.log\s+2>&1|&>\s*run\.log)\s*$")
-_SUMMARY = re.compile(r"^([A-Za-z_][\w.@/-]*):\s+([-+]?(?:\d[\d.]*(?:[eE][-+]?\d+)?|nan|inf))\s*$", re.MULTILINE)
-_PROGRESS = re.compile(r"step (\d+) \|(?: progress ([\d.]+) \|)? loss ([\d.]+|nan|inf)")
+_FLOAT = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?|[-+]?(?:nan|inf)"
+_SUMMARY = re.compile(rf"^([A-Za-z_][\w.@/-]*):\s+({_FLOAT})\s*$", re.MULTILINE)
+_PROGRESS = re.compile(rf"step (\d+) \|(?: progress (\d+\.?\d*) \|)? loss ({_FLOAT})(?=\s|$)")
 _OOM = re.compile(r"OutOfMemoryError|CUDA out of memory|MemoryError|Cannot allocate memory|bad_alloc")
-_NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?|nan|inf")
+_NUMBER = re.compile(_FLOAT)
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,7 @@ class Expected:
     budget_s: float
     digest: str
     startup_allowance_s: float
+    evaluation_allowance_s: float
 
 
 @dataclass(frozen=True)
@@ -139,14 +141,17 @@ def run(order: Order, stop: threading.Event, watch: Callable[[Progress], None] =
     try:
         with order.record.open("rb") as events, log.open("rb") as lines:
             watcher = _Watcher(order, process, events, lines, started)
-            killed = watcher.until_end(stop, watch)
+            try:
+                killed = watcher.until_end(stop, watch)
+            finally:
+                kill_group(process.pid)
+                process.wait()
+            if killed == "stopped":
+                raise Interrupted
+            lines.seek(0)  # through this handle also where the run has removed its log
+            return _outcome(order, lines.read().decode(errors="replace"), watcher, killed, process.returncode)
     finally:
-        kill_group(process.pid)
-        process.wait()
-    end_strays(order.run_id)
-    if killed == "stopped":
-        raise Interrupted
-    return _outcome(order, log, watcher, killed, process.returncode)
+        end_strays(order.run_id)
 
 
 def _environment(order: Order) -> dict[str, str]:
@@ -217,12 +222,12 @@ class _Watcher:
             try:
                 event = json.loads(line)
                 name = str(event["event"])
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, RecursionError):
                 continue  # not written by prepare; a run without a result is a crash anyway
             if name not in self.seen:
                 self.seen[name] = now
-                self.drawn[name] = int(event.get("drawn", 0))
-                self.steps = max(self.steps, int(event.get("steps") or 0))
+                self.drawn[name] = int(_finite(event.get("drawn")) or 0)
+                self.steps = max(self.steps, int(_finite(event.get("steps")) or 0))
             if name == "result" and self.result is None:
                 self.result = event
 
@@ -234,6 +239,11 @@ class _Watcher:
             return Progress(now)
         step, share, loss = lines[-1]
         return Progress(now, int(step), float(share) if share else None, float(loss))
+
+
+def _finite(value: object) -> float | None:
+    """A number from what a run wrote; None for anything else."""
+    return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
 
 
 def memory_gb(pid: int) -> float:
@@ -257,16 +267,16 @@ def end_strays(run_id: str | None, worktree: Path | None = None) -> int:
 
     With `worktree` instead of a run's id: whatever any run left behind in that worktree, after a killed worker.
     """
-    ended = 0
+    ended: set[psutil.Process] = set()
     for _ in range(STRAY_PASSES):  # again, for what was forked while the last pass looked
-        found = [process for process in psutil.process_iter() if _is_stray(process, run_id, worktree)]
+        found = {process for process in psutil.process_iter() if _is_stray(process, run_id, worktree)} - ended
         for process in found:
             with contextlib.suppress(psutil.Error):
                 process.kill()
-        ended += len(found)
+        ended |= found
         if not found:
             break
-    return ended
+    return len(ended)
 
 
 def _is_stray(process: psutil.Process, run_id: str | None, worktree: Path | None) -> bool:
@@ -281,16 +291,16 @@ def _is_stray(process: psutil.Process, run_id: str | None, worktree: Path | None
     return worktree is not None and environment.get("SWARM_WORKTREE") == str(worktree)
 
 
-def _outcome(order: Order, log: Path, watcher: _Watcher, killed: str | None, exit_code: int) -> RunOutcome:
-    text = log.read_text(errors="replace")
+def _outcome(order: Order, text: str, watcher: _Watcher, killed: str | None, exit_code: int) -> RunOutcome:
     tail = "\n".join(text.splitlines()[-TAIL_LINES:])
-    summary = {name: float(value) for name, value in _SUMMARY.findall(text)}
-    memory = summary["peak_vram_mb"] / 1024 if summary.get("peak_vram_mb") else watcher.peak_gb
+    printed = {name: float(value) for name, value in _SUMMARY.findall(text)}
+    summary = {name: value for name, value in printed.items() if math.isfinite(value)}
+    memory = summary["peak_vram_mb"] / 1024 if summary.get("peak_vram_mb", 0) > 0 else watcher.peak_gb
     common: dict[str, Any] = {
         "seconds": round(time.monotonic() - watcher.started, 3),
         "seed": order.seed,
         "exit_code": exit_code,
-        "summary": {name: value for name, value in summary.items() if math.isfinite(value)},
+        "summary": summary,
         "phases": _phases(watcher),
     }
 
@@ -306,7 +316,7 @@ def _outcome(order: Order, log: Path, watcher: _Watcher, killed: str | None, exi
         score = _printed_score(order, text)
         problem = None if score is not None else f"no '{order.metric}:' line in run.log"
     else:
-        score, problem = _measured_score(order.expected, order, watcher, summary)
+        score, problem = _measured_score(order.expected, order, watcher, printed)
     if problem or score is None:
         return failed(Status.CRASH, problem or "no score")
     if not math.isfinite(score):
@@ -318,8 +328,8 @@ def _outcome(order: Order, log: Path, watcher: _Watcher, killed: str | None, exi
         "",
         memory,
         trained_share=_trained_share(order, watcher),
-        digest=result.get("digest"),
-        epochs=result.get("epochs"),
+        digest=order.expected.digest if order.expected else None,
+        epochs=_finite(result.get("epochs")),
         **common,
     )
 
@@ -348,21 +358,24 @@ def _printed_score(order: Order, text: str) -> float | None:
 
 def _evaluated(order: Order, command: str) -> str:
     """What the eval command prints; nothing when it does not come back."""
+    process = subprocess.Popen(
+        ["/bin/sh", "-c", command],
+        cwd=order.cwd,
+        env=_environment(order),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    )
     try:
-        done = subprocess.run(
-            ["/bin/sh", "-c", command],
-            cwd=order.cwd,
-            env=_environment(order),
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=EVAL_COMMAND_S,
-            check=False,
-        )
+        return process.communicate(timeout=EVAL_COMMAND_S)[0]
     except subprocess.TimeoutExpired:
         return ""
-    return done.stdout
+    finally:
+        kill_group(process.pid)
+        process.wait()
 
 
 def _measured_score(
@@ -378,7 +391,11 @@ def _measured_score(
             return None, f"the run was told {name} {value} and measured with {result.get(name)}"
     if result.get("digest") != expected.digest:
         return None, f"digest {str(result.get('digest'))[:12]} is not the campaign's {expected.digest[:12]}"
-    score = float(result["score"])
+    score = _finite(result.get("score"))
+    if score is None:
+        return None, f"the record's score is {result.get('score')!r}"
+    if watcher.drawn.get("result", 0) > watcher.drawn.get("evaluate", 0):
+        return None, "training batches were drawn during the evaluation"
     printed = summary.get(order.metric)
     if printed is not None and not abs(printed - score) <= 1e-6 + 1e-6 * abs(score):
         return None, f"printed {order.metric} {printed}, prepare measured {score:.6f}"
@@ -388,21 +405,23 @@ def _measured_score(
 def _trained_share(order: Order, watcher: _Watcher) -> float | None:
     """Training as seen from outside, over the budget.
 
-    From the end of the untimed step to the evaluation; time before that beyond the start-up allowance counts as
-    training too. Where train.py used no clock, or drew more than UNTIMED_STEPS steps' worth of tokens before starting
-    it, all counts from the first batch.
+    From the end of the untimed step to the evaluation. What start-up and evaluation take beyond their allowances counts
+    as training too. Where train.py used no clock, or drew more than UNTIMED_STEPS steps' worth of tokens before
+    starting it, all counts from the first batch.
     """
-    if order.expected is None:
+    expected = order.expected
+    if expected is None:
         return None
     seen, end = watcher.seen, watcher.seen.get("evaluate", watcher.ended)
     first = seen.get("batch", seen.get("start", 0.0))
     clock = seen.get("clock", first)
     before = watcher.drawn.get("clock", 0)
     a_step = (watcher.drawn.get("evaluate", 0) - before) / max(watcher.steps - 1, 1)
-    if before > UNTIMED_STEPS * a_step and watcher.steps > UNTIMED_STEPS:
+    if before > UNTIMED_STEPS * a_step:
         clock = first
-    hidden = max(clock - first - order.expected.startup_allowance_s, 0.0)
-    return (end - clock + hidden) / order.expected.budget_s
+    hidden = max(clock - expected.startup_allowance_s, 0.0)
+    hidden += max(seen.get("result", end) - end - expected.evaluation_allowance_s, 0.0)
+    return (end - clock + hidden) / expected.budget_s
 
 
 def _phases(watcher: _Watcher) -> dict[str, float]:

@@ -19,7 +19,7 @@ WIDTH = 40  #: columns of the staircase
 
 
 def staircase(levels: list[float], sign: int) -> str:
-    """The running best as a row of blocks, WIDTH at most; it only ever goes down (up where higher is better)."""
+    """The level of HEAD after each experiment as a row of blocks, WIDTH at most."""
     if len(levels) > WIDTH:
         levels = [levels[i * len(levels) // WIDTH] for i in range(WIDTH - 1)] + levels[-1:]
     low, high = min(levels), max(levels)
@@ -36,6 +36,10 @@ class TerminalScreen:
         self._live: Live | None = None
         self._current = ""
         self._levels: list[float] = []
+
+    def resume(self, levels: list[float]) -> None:
+        """Shows the staircase of earlier calls as well."""
+        self._levels = list(levels)
 
     def __enter__(self) -> TerminalScreen:
         if self._console.is_terminal:

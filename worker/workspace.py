@@ -7,6 +7,7 @@ worktree (docs/metric.md).
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import shutil
 from collections.abc import Iterable, Mapping
@@ -15,10 +16,11 @@ from pathlib import Path
 
 from shared import pyedit
 from shared.errors import BadInput
-from shared.git import Repo
+from shared.git import GitError, Repo
 from shared.task import TaskSpec
 
 RESULTS = "results.tsv"
+STALE_LOCK_S = 2.0  #: a git lock older than this, at start, has no owner: git calls here take milliseconds
 EXCLUDED = (".swarm/", "run.log", "__pycache__/")  #: ignored in the campaign's clone, without a .gitignore of ours
 LINE_NODES = 8  #: a line of a file that is not Python weighs as much as so many ast nodes
 
@@ -40,34 +42,81 @@ class Workspace:
 
     def __init__(self, root: Path, task: TaskSpec, prefix: str, machine: str) -> None:
         """`root` is the worktree, `prefix` the task's directory in the repository ('' at its top)."""
-        self.repo = Repo(root, machine)
+        # Without its `.git` link a worktree is just a folder of the user's checkout, and git would work on that.
+        self.repo = Repo(root, machine, ceiling=root.parent)
         self.root = root
         self.task_dir = root / prefix
         self.attic = f"refs/attic/{machine}"
         self._task = task
         self._prefix = f"{prefix}/" if prefix else ""
         self._immutable = ""
+        self._link = ""  # what `.git` in the worktree says
+        self.mended = ""  #: what `open` found and mended, in words
 
-    @classmethod
-    def create(cls, campaign: Path, root: Path, task: TaskSpec, prefix: str, machine: str, branch: str) -> Workspace:
-        """Makes branch and worktree from the campaign's HEAD; continues the branch where it exists."""
-        repo = Repo(campaign, machine)
+    def open(self, campaign: Path, branch: str, at: str) -> None:
+        """Makes branch and worktree, or mends what a kill or a move left of them; ends at commit `at`, clean.
+
+        Call with no process at work in the worktree, and with the slot's lock held. Nothing outside worktree and branch
+        is touched, but for git's own lock files.
+        """
+        repo = Repo(campaign, self.repo.author)
+        locks = repo.clear_locks(STALE_LOCK_S)
         repo.exclude(EXCLUDED)
-        repo.run("worktree", "prune")
-        if not root.exists():
+        if not self._usable(repo, branch):
+            self._forget(repo)
             new = [] if repo.resolve(f"refs/heads/{branch}") else ["-b", branch]
-            repo.run("worktree", "add", "--quiet", "--force", *new, str(root), branch if not new else "HEAD")
-        workspace = cls(root, task, prefix, machine)
-        workspace._immutable = workspace.immutable_digest()
-        return workspace
+            repo.run("worktree", "add", "--quiet", "--force", *new, str(self.root), branch if not new else at)
+        if locks := [*locks, *self.repo.clear_locks(STALE_LOCK_S)]:
+            self.mended = f"removed {', '.join(locks)}, left by a killed git"
+        self.repo.reset_hard(at)
+        self.repo.run("clean", "--quiet", "-d", "--force")
+        self._link = (self.root / ".git").read_text()
+        self._immutable = self.immutable_digest()
 
-    def remove(self, campaign: Path, branch: str) -> None:
-        """Undoes `create`."""
+    def _usable(self, repo: Repo, branch: str) -> bool:
+        if not (self.root / ".git").is_file():
+            return False
+        try:
+            repo.run("worktree", "repair", str(self.root))
+            top = self.repo.run("rev-parse", "--show-toplevel")
+            on = self.repo.run("symbolic-ref", "HEAD")
+            self.repo.run("status", "--porcelain")
+        except GitError:
+            return False
+        return Path(top).resolve() == self.root.resolve() and on == f"refs/heads/{branch}"
+
+    def _forget(self, repo: Repo) -> None:
+        """Removes the worktree and what the repository knows of it, in whatever state both are."""
+        with contextlib.suppress(GitError):
+            repo.run("worktree", "remove", "--force", "--force", str(self.root))
+        shutil.rmtree(self.root, ignore_errors=True)
+        for admin in Path(repo.run("rev-parse", "--path-format=absolute", "--git-path", "worktrees")).glob("*"):
+            link = admin / "gitdir"
+            if not link.exists() or Path(link.read_text().strip()).parent == self.root:
+                shutil.rmtree(admin, ignore_errors=True)
+
+    def sound(self) -> bool:
+        """Whether the worktree is still one: a run may have removed or changed its link to the repository."""
+        try:
+            return (self.root / ".git").read_text() == self._link
+        except OSError:
+            return False
+
+    def remove(self, campaign: Path, branch: str | None, attic: str | None, *, last: bool) -> None:
+        """Takes back what a set-up made: the worktree, the branch unless None, and the attic's links beyond `attic`.
+
+        `last`: no other state of ours is in the campaign, so its ignore rules go too.
+        """
         repo = Repo(campaign)
-        repo.run("worktree", "remove", "--force", str(self.root))
-        repo.run("branch", "-D", "--quiet", branch)
-        repo.run("update-ref", "-d", self.attic)
-        repo.include(EXCLUDED)
+        self._forget(repo)
+        if branch is not None and repo.resolve(f"refs/heads/{branch}"):
+            repo.run("branch", "-D", "--quiet", branch)
+        if attic is not None:
+            repo.run("update-ref", self.attic, attic)
+        elif repo.resolve(self.attic):
+            repo.run("update-ref", "-d", self.attic)
+        if last:
+            repo.include(EXCLUDED)
 
     # -- reading
 
@@ -92,6 +141,13 @@ class Workspace:
                     whole.update(file.read_bytes())
         return whole.hexdigest()
 
+    def drop_bytecode(self) -> None:
+        """Removes compiled Python beside the immutable files: it is not in their digest, and Python would run it."""
+        for name in self._task.immutable_files:
+            path = self.task_dir / name
+            for cache in path.rglob("__pycache__") if path.is_dir() else [path.parent / "__pycache__"]:
+                shutil.rmtree(cache, ignore_errors=True)
+
     def immutable_changed(self) -> bool:
         """Whether a run or proposer has changed an immutable file since `create`."""
         try:
@@ -107,6 +163,8 @@ class Workspace:
         `base` is the attic's first parent when it has no link yet.
         """
         before = self.files()
+        if files and all(before.get(name) == text for name, text in files.items()):
+            raise ValueError(f"{description}: changes nothing")
         for name, text in files.items():
             if name not in before:
                 raise ValueError(f"{name} is not a mutable file")

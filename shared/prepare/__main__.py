@@ -21,10 +21,9 @@ def main() -> int:
         print(json.dumps({"stage": stage, "done": done, "of": of}), flush=True)
 
     name, data, cache = RUN.profile.name, RUN.data, RUN.cache
-    shards = os.environ.get("SWARM_TRAIN_SHARDS")
     try:
-        manifest = packing.prepare(cache, name, data, int(shards) if shards else None, os.cpu_count() or 1, progress)
-        rows = packing.rows_folder(cache, data, name)
+        manifest = packing.prepare(cache, name, data, RUN.train_shards, os.cpu_count() or 1, progress)
+        rows = packing.rows_folder(cache, data, name, RUN.train_shards)
         value = digest(rows, packing.tokenizer_folder(cache, data, RUN.profile.vocab_size))
     except DataError as error:
         print(json.dumps({"error": str(error)}), flush=True)

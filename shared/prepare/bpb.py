@@ -14,7 +14,8 @@ from .errors import MetricError
 from .packing import Rows
 
 LEAK_TOLERANCE = 1e-4  #: change in an earlier logit above which a model is taken to see later tokens
-PROBE_POSITIONS = 16  #: logits compared in a row: the last ones before the change, where looking ahead pays most
+OWN_NOISE = 0.1  #: what a logit may differ by between two calls on the same input
+PROBES = 256  #: rows in which later tokens are changed, each at another place
 
 
 @dataclass(frozen=True)
@@ -39,25 +40,29 @@ def scored_rows(rows: Rows, eval_tokens: int) -> Rows:
     return rows[: eval_tokens // (rows.shape[1] - 1)]
 
 
-@dataclass(frozen=True)
-class Probe:
-    """Inputs whose tails were changed, and the positions whose logits must not have moved."""
+class Probes:
+    """Which rows are probed for looking ahead, and from which position on their tokens are changed.
 
-    changed: np.ndarray[tuple[int, int], np.dtype[np.int64]]  #: shape (rows, seq_len)
-    positions: np.ndarray[tuple[int, int], np.dtype[np.int64]]  #: shape (rows, PROBE_POSITIONS), all before the change
+    The rows are drawn at random and the cuts spread evenly over the positions: a model that looks one token ahead at a
+    share f of the positions goes unseen with a chance of (1 - f) ** PROBES. Unseeded on purpose: train.py cannot know
+    which calls are probes.
+    """
 
-    @classmethod
-    def of(cls, inputs: np.ndarray[tuple[int, int], np.dtype[np.int64]], vocab_size: int) -> Probe:
-        """Changes every token from a random position on, another one for each row.
+    def __init__(self, rows: int, seq_len: int) -> None:
+        self._random = np.random.default_rng()
+        count = min(PROBES, rows)
+        spread = (np.arange(count) + self._random.random()) * (seq_len - 1) / count
+        cuts = 1 + self._random.permutation(spread.astype(np.int64))
+        self.cuts = dict(zip(self._random.permutation(rows)[:count].tolist(), cuts.tolist(), strict=True))
 
-        Unseeded on purpose: train.py cannot know the positions.
-        """
-        random = np.random.default_rng()
-        rows, length = inputs.shape
-        cuts = random.integers(1, length, size=(rows, 1))
-        shift = random.integers(1, vocab_size, size=inputs.shape)
-        after = np.arange(length)[None, :] >= cuts
-        near = cuts - 1 - np.arange(PROBE_POSITIONS // 2)[None, :]
-        far = random.integers(0, cuts, size=(rows, PROBE_POSITIONS // 2))
-        positions = np.maximum(np.concatenate([near, far], axis=1), 0)
-        return cls(np.where(after, (inputs + shift) % vocab_size, inputs), positions)
+    def change(
+        self, inputs: np.ndarray[tuple[int, int], np.dtype[np.int64]], cuts: list[int], vocab_size: int
+    ) -> np.ndarray[tuple[int, int], np.dtype[np.int64]]:
+        """The inputs, shape (rows, seq_len), with every token from its row's cut on replaced by another one."""
+        shift = self._random.integers(1, vocab_size, size=inputs.shape)
+        after = np.arange(inputs.shape[1])[None, :] >= np.array(cuts)[:, None]
+        return np.where(after, (inputs + shift) % vocab_size, inputs)
+
+    def first(self) -> bool:
+        """Whether a batch's changed inputs are shown before the real ones."""
+        return bool(self._random.random() < 0.5)

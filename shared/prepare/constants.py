@@ -28,7 +28,8 @@ class Profile:
     vocab_size: int  #: tokenizer vocabulary, the four special tokens included
     train_shards: int  #: shards packed by default
     document_characters: int  #: longest document cut from the embedded text
-    startup_allowance_s: float  #: from the first batch to the end of the untimed step; beyond it counts as training
+    startup_allowance_s: float  #: from the start to the end of the untimed step; beyond it counts as training
+    evaluation_allowance_s: float  #: for the evaluation; beyond it counts as training
     cycle_allowance_s: float  #: start-up, compilation and evaluation together, on top of the budget
     threads: int | None  #: CPU threads of a run; None leaves the choice to the backend
 
@@ -45,6 +46,7 @@ PROFILES: Final = {
             train_shards=24,
             document_characters=3000,
             startup_allowance_s=180.0,
+            evaluation_allowance_s=120.0,
             cycle_allowance_s=600.0,
             threads=None,
         ),
@@ -57,6 +59,7 @@ PROFILES: Final = {
             train_shards=24,
             document_characters=3000,
             startup_allowance_s=120.0,
+            evaluation_allowance_s=240.0,
             cycle_allowance_s=600.0,
             threads=None,
         ),
@@ -68,7 +71,8 @@ PROFILES: Final = {
             vocab_size=512,
             train_shards=4,
             document_characters=160,
-            startup_allowance_s=3.0,
+            startup_allowance_s=10.0,
+            evaluation_allowance_s=10.0,
             cycle_allowance_s=80.0,
             threads=1,
         ),

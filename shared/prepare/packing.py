@@ -9,6 +9,7 @@ each shard's start, so a killed preparation resumes at a shard's boundary and en
 from __future__ import annotations
 
 import bisect
+import fcntl
 import hashlib
 import json
 import os
@@ -108,8 +109,10 @@ def _packed(stored: dict[str, Any]) -> Packed:
     return Packed(**{**stored, "shards": tuple(Shard(**shard) for shard in stored["shards"])})
 
 
-def rows_folder(cache: Path, data: str, profile: str) -> Path:
-    return cache / "rows" / f"{data}-{profile}"
+def rows_folder(cache: Path, data: str, profile: str, train_shards: int | None = None) -> Path:
+    """The rows of a data set for a profile; other numbers of shards than the profile's have a folder of their own."""
+    number = f"-{train_shards}" if train_shards and train_shards != PROFILES[profile].train_shards else ""
+    return cache / "rows" / f"{data}-{profile}{number}"
 
 
 def tokenizer_folder(cache: Path, data: str, vocab_size: int) -> Path:
@@ -140,8 +143,18 @@ def prepare(
     """Makes shards (embedded text only), tokenizer and rows; whatever is whole already stays.
 
     Raises DataError when the data set is missing or unusable. Resumable: killed at any moment, a second call continues
-    after the last whole shard. `progress` is called often.
+    after the last whole shard. One at a time for each cache: a second call waits for the first. `progress` is called
+    often.
     """
+    cache.mkdir(parents=True, exist_ok=True)
+    with (cache / "prepare.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return _prepare(cache, profile_name, data, train_shards, threads, progress)
+
+
+def _prepare(
+    cache: Path, profile_name: str, data: str, train_shards: int | None, threads: int, progress: Progress
+) -> Manifest:
     profile = PROFILES[profile_name]
     source = data_folder(cache, data, profile)
     if data == EMBEDDED:
@@ -153,7 +166,7 @@ def prepare(
     chosen = folder.train[: train_shards or profile.train_shards]
     tokenizer = _tokenizer(tokenizer_folder(cache, data, profile.vocab_size), folder, profile, progress)
 
-    rows = rows_folder(cache, data, profile_name)
+    rows = rows_folder(cache, data, profile_name, train_shards)
     order = {
         "format": FORMAT,
         "shards": [[shard.name, pq.read_metadata(shard).num_rows] for shard in (*chosen, folder.validation)],

@@ -27,6 +27,7 @@ class Run:
 
     profile: Profile
     data: str  #: name of the data set below the cache
+    train_shards: int | None  #: training shards that were packed; None for the profile's number
     budget_s: float
     seed: int
     cache: Path
@@ -44,10 +45,12 @@ class Run:
         profile = PROFILES[name]
         record = environment.get("SWARM_RECORD")
         steps = environment.get("SWARM_BENCHMARK_STEPS")
+        shards = environment.get("SWARM_TRAIN_SHARDS")
         try:
             return cls(
                 profile=profile,
                 data=environment.get("SWARM_DATA", "sotu"),
+                train_shards=int(shards) if shards else None,
                 budget_s=float(environment.get("SWARM_BUDGET_S", profile.time_budget_s)),
                 seed=int(environment.get("SWARM_SEED", "42")),
                 cache=cache_root(environment),
@@ -55,7 +58,10 @@ class Run:
                 steps=int(steps) if steps else None,
             )
         except ValueError as error:
-            raise PrepareError(f"SWARM_BUDGET_S, SWARM_SEED and SWARM_BENCHMARK_STEPS are numbers: {error}") from None
+            raise PrepareError(f"the SWARM_ settings of budget, seed, shards and steps are numbers: {error}") from None
+
+
+OVERRUN: Final = 1.03  #: training is ended before a step that would take it beyond this x the budget
 
 
 class Record:
@@ -90,6 +96,7 @@ class Clock:
         self.steps = 0  #: optimizer steps taken, the untimed one included
         self.training_s = 0.0  #: timed seconds of training so far
         self.drawn = 0  #: training tokens handed out by the loader
+        self._last = 0.0  # training_s at the step before
 
     @property
     def progress(self) -> float:
@@ -100,14 +107,19 @@ class Clock:
         return min(self.training_s / self._run.budget_s, 1.0)
 
     def step(self) -> bool:
-        """Counts one finished optimizer step; False when training has to end."""
+        """Counts one finished optimizer step; False when training has to end.
+
+        That is at the budget, or before it where another step like the last would overrun it by more than OVERRUN.
+        """
         now = self._now()
         self.steps += 1
         if self._started is None and self.steps >= STARTUP_EXCLUDE_STEPS:
             self._started = now
             self._record.tell("clock", drawn=self.drawn)
         self.training_s = now - self._started if self._started is not None else 0.0
-        going_on = self.progress < 1.0
+        step_s, self._last = self.training_s - self._last, self.training_s
+        fits = self._run.steps is not None or self.training_s + step_s <= OVERRUN * self._run.budget_s
+        going_on = self.progress < 1.0 and fits
         if not going_on and not self._stopped:
             self._stopped = True
             self._record.tell("trained", training_s=self.training_s, steps=self.steps)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -87,6 +88,8 @@ def test_best_and_plot_write_what_they_say(task: Path, tmp_path: Path) -> None:
     assert swarm("plot", "--out", picture, cwd=task).returncode == 0
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert swarm("plot", "--out", tmp_path / "p.txt", cwd=task).returncode == 2
+    assert swarm("plot", "--out", tmp_path / "no/such/p.png", cwd=task).returncode == 2
+    assert swarm("best", "--out", out / "x.py", cwd=task).returncode == 2
 
 
 BROKEN = {
@@ -138,7 +141,7 @@ def test_without_a_terminal_it_wants_a_yes(task: Path) -> None:
     assert not (task / ".swarm").exists()
 
 
-def start(task: Path, **environment: str) -> subprocess.Popen[str]:
+def start(task: Path, start_new_session: bool = False, **environment: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", "worker.cli", "run", "--yes", "--name", "m1", "--tag", "t"],
         cwd=task,
@@ -146,6 +149,7 @@ def start(task: Path, **environment: str) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        start_new_session=start_new_session,
     )
 
 
@@ -184,6 +188,114 @@ def test_a_lock_left_by_a_git_that_died_with_the_machine_does_not_stop_the_next_
     assert again.returncode == 0, again.stderr
     assert "removed index.lock" in again.stdout
     assert not lock.exists()
+
+
+def test_the_users_checkout_survives_a_worktree_without_its_link(task: Path) -> None:
+    run(task, "--experiments", "2")
+    (task / ".swarm/t-m1/work/.git").unlink()
+    (task / "score.sh").write_text((task / "score.sh").read_text() + "# work of hours\n")
+    again = run(task, "--experiments", "1")
+    assert again.returncode == 0, again.stderr
+    assert (task / "score.sh").read_text().endswith("# work of hours\n")
+    assert fast_task.git(task, "log", "--format=%s", "main") == "the task"
+    assert len(json.loads(swarm("results", "--json", cwd=task).stdout)["experiments"]) == 4
+
+
+def test_a_run_that_breaks_its_worktree_is_a_crash_and_the_loop_goes_on(tmp_path: Path) -> None:
+    folder = tmp_path / "task"
+    task = fast_task.make(folder)
+    score = (task / "score.sh").read_text()
+    (task / "score.sh").write_text(score + "\ngrep -q 'LR = 0.5' train.py || rm -rf .git\n")
+    fast_task.git(folder, "commit", "--quiet", "--all", "-m", "a score that breaks things")
+    done = run(task, "--experiments", "3")
+    assert done.returncode == 0, done.stderr
+    shown = json.loads(swarm("results", "--json", cwd=task).stdout)["experiments"]
+    assert "it broke its worktree" in [e["reason"] for e in shown if "LR " in e["description"]]
+    assert len(shown) == 4
+    assert fast_task.git(task, "log", "--format=%s", "main").splitlines() == ["a score that breaks things", "the task"]
+
+
+def test_a_failing_second_tag_takes_nothing_from_the_first(task: Path) -> None:
+    assert run(task, "--experiments", "3").returncode == 0
+    attic = fast_task.git(task, "rev-parse", "refs/attic/m1")
+    (task / "score.sh").write_text("exit 1\n")
+    fast_task.git(task, "commit", "--quiet", "--all", "-m", "broken")
+    failed = swarm("run", "--yes", "--name", "m1", "--tag", "two", cwd=task)
+    assert failed.returncode == 2
+    assert fast_task.git(task, "rev-parse", "refs/attic/m1") == attic
+    assert fast_task.git(task, "status", "--porcelain") == ""
+    assert [p.name for p in (task / ".swarm").iterdir()] == ["t-m1"]
+    assert fast_task.git(task, "for-each-ref", "--format=%(refname:short)", "refs/heads").split() == [
+        "autoresearch/t-m1",
+        "main",
+    ]
+
+
+def test_a_branch_whose_state_is_gone_is_left_alone(task: Path) -> None:
+    run(task, "--experiments", "4")
+    head = fast_task.git(task, "rev-parse", "autoresearch/t-m1")
+    shutil.rmtree(task / ".swarm")
+    again = run(task, "--experiments", "1")
+    assert again.returncode == 4
+    assert "take another --tag" in again.stderr
+    assert fast_task.git(task, "rev-parse", "autoresearch/t-m1") == head
+
+
+def test_another_task_is_not_measured_on_the_same_branch(task: Path) -> None:
+    run(task, "--experiments", "1")
+    config = task / "autoresearch-config.yaml"
+    config.write_text(config.read_text().replace("budget_minutes: 0.02", "budget_minutes: 5"))
+    again = run(task, "--experiments", "1")
+    assert again.returncode == 2
+    assert "budget_minutes is 5.0, autoresearch/t-m1 was measured with 0.02" in again.stderr
+
+
+def test_uncommitted_work_is_not_silently_left_out(task: Path) -> None:
+    (task / "train.py").write_text(fast_task.TRAIN.replace("0.5", "0.2"))
+    done = run(task)
+    assert done.returncode == 2
+    assert "train.py: not committed" in done.stderr
+    assert not (task / ".swarm").exists()
+
+
+def test_a_misspelt_constant_in_the_search_space_is_named(tmp_path: Path) -> None:
+    task = fast_task.make(tmp_path / "task", fast_task.CONFIG.replace("  WIDTH:", "  WIDHT:"))
+    before = everything(task)
+    done = run(task)
+    assert done.returncode == 2
+    assert "search_space: WIDHT: no constant of that name in train.py; did you mean 'WIDTH'?" in done.stderr
+    assert everything(task) == before
+
+
+def test_code_that_does_not_parse_is_a_baseline_without_a_score(tmp_path: Path) -> None:
+    task = fast_task.make(tmp_path / "task")
+    (task / "train.py").write_text("print 'x'\n")
+    (task / "score.sh").write_text("python -m py_compile train.py\n")
+    fast_task.git(task, "commit", "--quiet", "--all", "-m", "python 2")
+    done = run(task)
+    assert done.returncode == 2
+    assert "the baseline gave no score" in done.stderr
+    assert not (task / ".swarm").exists()
+
+
+def test_a_moved_campaign_goes_on(task: Path) -> None:
+    run(task, "--experiments", "2")
+    moved = task.rename(task.parent / "moved")
+    again = run(moved, "--experiments", "1")
+    assert again.returncode == 0, again.stderr
+    assert len(json.loads(swarm("results", "--json", cwd=moved).stdout)["experiments"]) == 4
+
+
+def test_ctrl_c_to_the_whole_group_ends_cleanly_whenever_it_comes(task: Path) -> None:
+    """As a terminal sends it: to every process of the foreground group, also a git in the middle of a commit."""
+    journal = task / ".swarm/t-m1/journal.jsonl"
+    for times in range(1, 9):
+        worker = start(task, start_new_session=True)
+        wait_for(journal, '"event": "decision"', worker, times=2 * times)
+        os.killpg(worker.pid, signal.SIGINT)
+        output, _ = worker.communicate(timeout=60)
+        assert worker.returncode == 0, output
+        assert "Traceback" not in output
 
 
 def test_a_second_worker_on_the_same_slot_is_refused(task: Path) -> None:
@@ -274,6 +386,16 @@ awk '/^workers/ {w = $3} /^queue/ {q = $3}
 """
 
 
+def test_what_is_not_committed_is_not_adopted_silently(tmp_path: Path) -> None:
+    source = fast_task.make(tmp_path / "theirs")
+    config = source / "autoresearch-config.yaml"
+    config.write_text(config.read_text() + "# changed\n")
+    made = swarm("init", "mine", "--from", source, cwd=tmp_path)
+    assert made.returncode == 2
+    assert "autoresearch-config.yaml is not committed" in made.stderr
+    assert not (tmp_path / "mine").exists()
+
+
 def test_a_maximise_task_on_toml_without_python_in_a_monorepo(tmp_path: Path) -> None:
     source = tmp_path / "mono" / "services" / "web"
     source.mkdir(parents=True)
@@ -310,6 +432,15 @@ def test_init_refuses_what_exists_and_what_it_does_not_know(tmp_path: Path) -> N
     assert "h100, apple, tiny" in unknown.stderr
     nothing = swarm("init", "new", "--from", "nowhere", cwd=tmp_path)
     assert nothing.returncode == 2
+    mixed = swarm("init", "new", "--from", "full", "--profile", "tiny", cwd=tmp_path)
+    assert mixed.returncode == 2
+    assert "belong to the template" in mixed.stderr
+    inside = swarm("init", "full/new", "--from", "full", cwd=tmp_path)
+    assert inside.returncode == 2
+    assert "lies inside" in inside.stderr
+    beneath = swarm("init", "full/file/new", cwd=tmp_path)
+    assert beneath.returncode == 2
+    assert beneath.stderr.count("\n") == 1
     (tmp_path / "shapeless").mkdir()
     shapeless = swarm("init", "new", "--from", "shapeless", cwd=tmp_path)
     assert shapeless.returncode == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import threading
 import time
@@ -12,6 +13,7 @@ import psutil
 import pytest
 
 from shared.wire import Status
+from worker import runner
 from worker.runner import MARK, Deadlines, Expected, Interrupted, Order, Progress, RunOutcome, end_strays, run
 
 
@@ -80,6 +82,34 @@ def test_each_failure_is_a_crash_in_words(order: Order, command: str, reason: st
     assert outcome.reason.startswith(reason)
     assert outcome.score is None
     assert outcome.memory_gb == 0.0
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "echo 'torch: 2.13.0'",
+        "echo 'step 3 | loss ...'; sleep 0.4",
+        "echo 'step 3 | progress 0.5.5 | loss 1.2.3 | x'; sleep 0.4",
+        "echo 'peak_vram_mb: nan'",
+        "echo 'depth: inf'",
+        "rm run.log",
+        "printf '\\377\\376\\n'",
+        """echo '{"event": "clock", "drawn": null}' >> $SWARM_RECORD""",
+        """echo '{"event": "batch", "drawn": "x", "steps": []}' >> $SWARM_RECORD""",
+        "echo '[1]' >> $SWARM_RECORD; echo 17 >> $SWARM_RECORD; rm $SWARM_RECORD",
+    ],
+)
+def test_whatever_a_run_prints_or_removes_it_is_scored(order: Order, line: str) -> None:
+    outcome = go(order, f"echo 'val_bpb: 1.25'; {line}")
+    assert (outcome.status, outcome.score) == (None, 1.25), outcome.reason
+    json.dumps(outcome.summary, allow_nan=False)
+
+
+def test_an_eval_command_that_hangs_leaves_nothing(order: Order, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "EVAL_COMMAND_S", 0.5)
+    outcome = go(order, "true", eval_command="sleep 77 & sleep 78")
+    assert outcome.reason == "no 'val_bpb:' line in run.log"
+    assert marked(order.run_id) == []
 
 
 def test_a_crash_keeps_the_last_fifty_lines(order: Order) -> None:
@@ -195,7 +225,7 @@ def test_the_references_own_progress_line_is_understood(order: Order) -> None:
     assert (seen[-1].step, seen[-1].share, seen[-1].loss) == (2, None, 10.87)
 
 
-EXPECTED = Expected("tiny", 9.0, "d1", 3.0)
+EXPECTED = Expected("tiny", 9.0, "d1", 3.0, 3.0)
 RESULT = '{"event": "result", "score": 2.0, "profile": "tiny", "budget_s": 9.0, "seed": 5, "steps_mode": false, %s}'
 
 
@@ -215,6 +245,8 @@ def test_the_measured_score_counts(order: Order) -> None:
         (record(RESULT % '"digest": "other"'), "digest other is not the campaign's d1"),
         (record((RESULT % '"digest": "d1"').replace("9.0", "90.0")), "the run was told budget_s 9.0"),
         (record((RESULT % '"digest": "d1"').replace('"seed": 5', '"seed": 6')), "the run was told seed 5"),
+        (record((RESULT % '"digest": "d1"').replace("2.0", "null")), "the record's score is None"),
+        (record(RESULT % '"digest": "d1", "drawn": 5'), "training batches were drawn during the evaluation"),
         (record((RESULT % '"digest": "d1"').replace("false", "true")), "the run was told steps_mode False"),
         (
             record(RESULT % '"digest": "d1"').replace("2.000000", "0.500000"),

@@ -32,7 +32,7 @@ def train(bench: Bench, code: str, budget_s: float = 2.0) -> RunOutcome:
         11,
         bench.folder / "record.jsonl",
         8.0,
-        Expected("tiny", budget_s, bench.digest, 3.0),
+        Expected("tiny", budget_s, bench.digest, 10.0, 3.0),
     )
     return run(order, threading.Event())
 
@@ -79,6 +79,19 @@ OVERLONG = {
         "        import os\n        warm = globals().setdefault('warm', time.perf_counter())\n"
         "        going_on = True if time.perf_counter() - warm < 1.5 else clock.step()",
     ),
+    "it trains before the clock starts, and calls it only twice": (
+        "        going_on = clock.step()",
+        "        warm = globals().setdefault('warm', time.perf_counter())\n"
+        "        going_on = time.perf_counter() - warm < 2.8 or (clock.step() and (time.sleep(2) or clock.step()))",
+    ),
+    "it trains beyond the start-up allowance on rows of its own": (
+        "    smooth, going_on = 0.0, True",
+        "    time.sleep(12 - (time.perf_counter() - STARTED))  # as good as training\n    smooth, going_on = 0.0, True",
+    ),
+    "it trains in the evaluation": (
+        "        if targets is None:",
+        "        if targets is None:\n            time.sleep(2.0)",
+    ),
 }
 
 
@@ -104,6 +117,24 @@ def test_editing_the_environment_changes_nothing(bench: Bench) -> None:
     assert outcome.status is None, outcome.tail
     assert outcome.trained_share is not None
     assert outcome.trained_share < 1.5
+
+
+def test_drawing_batches_in_the_evaluation_is_a_crash(bench: Bench) -> None:
+    forward = "    def forward(self, tokens, targets=None):"
+    assert forward in TINY
+    cheat = TINY.replace("    smooth, going_on", "    globals()['more'] = loader\n    smooth, going_on").replace(
+        "        if targets is None:", "        if targets is None:\n            next(more)"
+    )
+    outcome = train(bench, cheat)
+    assert outcome.status == "crash"
+    assert outcome.reason == "training batches were drawn during the evaluation"
+
+
+def test_long_steps_end_before_the_budget_is_overrun(bench: Bench) -> None:
+    outcome = train(bench, TINY.replace("        train_loss =", "        time.sleep(0.7)\n        train_loss ="))
+    assert outcome.status is None, outcome.tail
+    assert outcome.trained_share is not None
+    assert outcome.trained_share < 1.05
 
 
 def test_divergence_ends_the_run_at_once(bench: Bench) -> None:

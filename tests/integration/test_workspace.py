@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from shared.git import GitError
 from shared.task import load_task
 from tests import fast_task
 from worker.workspace import Workspace, code_state, nodes_added
@@ -21,7 +24,8 @@ def make(tmp_path: Path, prefix: str = "") -> tuple[Path, Workspace, str]:
         fast_task.git(folder, "commit", "--quiet", "-m", "the rest of the monorepo")
     base = fast_task.git(folder, "rev-parse", "HEAD")
     root = folder / ".swarm" / "t" / "work"
-    workspace = Workspace.create(folder, root, load_task(inside), prefix, "m1", "autoresearch/t-m1")
+    workspace = Workspace(root, load_task(inside), prefix, "m1")
+    workspace.open(folder, "autoresearch/t-m1", base)
     return folder, workspace, base
 
 
@@ -129,9 +133,103 @@ def test_only_mutable_files_can_be_written(tmp_path: Path) -> None:
 def test_removal_leaves_no_branch_no_worktree_no_ref(tmp_path: Path) -> None:
     folder, workspace, base = make(tmp_path)
     workspace.commit(edited("LR = 0.4"), "try", "id-1", base)
-    workspace.remove(folder, "autoresearch/t-m1")
+    workspace.remove(folder, "autoresearch/t-m1", None, last=True)
     assert fast_task.git(folder, "for-each-ref", "--format=%(refname)") == "refs/heads/main"
     assert fast_task.git(folder, "worktree", "list").count("\n") == 0
+
+
+def test_removal_gives_the_attic_back_as_it_was(tmp_path: Path) -> None:
+    folder, workspace, base = make(tmp_path)
+    before = workspace.commit(edited("LR = 0.4"), "earlier", "id-0", base).commit
+    attic = fast_task.git(folder, "rev-parse", workspace.attic)
+    workspace.commit(edited("LR = 0.3"), "later", "id-1", base)
+    workspace.remove(folder, "autoresearch/t-m1", attic, last=False)
+    assert fast_task.git(folder, "rev-parse", workspace.attic) == attic
+    assert before in fast_task.git(folder, "rev-list", workspace.attic)
+    assert fast_task.git(folder, "status", "--porcelain") == ""  # .swarm/ is still ignored
+
+
+def test_without_its_link_the_worktree_is_never_taken_for_the_checkout(tmp_path: Path) -> None:
+    folder, workspace, base = make(tmp_path)
+    (folder / "score.sh").write_text("work of hours\n")
+    (workspace.root / ".git").unlink()
+    assert not workspace.sound()
+    for use in (lambda: workspace.reset(base, "rows\n"), lambda: workspace.commit(edited("LR = 0.4"), "x", "id", base)):
+        with pytest.raises(GitError, match="not a git repository"):
+            use()
+    assert (folder / "score.sh").read_text() == "work of hours\n"
+    assert fast_task.git(folder, "log", "--format=%s") == "the task"
+    workspace.open(folder, "autoresearch/t-m1", base)
+    assert workspace.sound()
+    assert workspace.commit(edited("LR = 0.4"), "again", "id-2", base).nodes_added == 0
+
+
+def spoil_link(folder: Path, root: Path) -> None:
+    (root / ".git").write_text("gitdir: /nowhere\n")
+
+
+def spoil_half_made(folder: Path, root: Path) -> None:
+    shutil.rmtree(root)
+    root.mkdir()
+    (folder / ".git/worktrees/work/locked").write_text("initializing")
+
+
+def spoil_admin(folder: Path, root: Path) -> None:
+    shutil.rmtree(folder / ".git/worktrees")
+
+
+def spoil_branch(folder: Path, root: Path) -> None:
+    fast_task.git(root, "checkout", "--quiet", "--detach")
+
+
+def spoil_index(folder: Path, root: Path) -> None:
+    (folder / ".git/worktrees/work/index").write_bytes(b"broken")
+
+
+def spoil_files(folder: Path, root: Path) -> None:
+    (root / "score.sh").write_text("forged")
+    (root / "sitecustomize.py").write_text("forged")
+
+
+@pytest.mark.parametrize(
+    "spoil", [spoil_link, spoil_half_made, spoil_admin, spoil_branch, spoil_index, spoil_files, shutil.rmtree]
+)
+def test_opening_mends_whatever_a_kill_left(tmp_path: Path, spoil: Callable[..., None]) -> None:
+    folder, workspace, base = make(tmp_path)
+    tested = workspace.commit(edited("LR = 0.4"), "try", "id-1", base).commit
+    spoil(workspace.root) if spoil is shutil.rmtree else spoil(folder, workspace.root)
+    again = Workspace(workspace.root, load_task(folder), "", "m1")
+    again.open(folder, "autoresearch/t-m1", tested)
+    assert fast_task.git(workspace.root, "rev-parse", "HEAD", "autoresearch/t-m1").split() == [tested, tested]
+    assert fast_task.git(workspace.root, "symbolic-ref", "--short", "HEAD") == "autoresearch/t-m1"
+    assert fast_task.git(workspace.root, "status", "--porcelain") == ""
+    assert (workspace.root / "score.sh").read_text() == fast_task.SCORE
+    assert not again.immutable_changed()
+
+
+def test_a_moved_campaign_is_opened_where_it_is_now(tmp_path: Path) -> None:
+    folder, workspace, base = make(tmp_path)
+    tested = workspace.commit(edited("LR = 0.4"), "try", "id-1", base).commit
+    folder.rename(tmp_path / "moved")
+    root = tmp_path / "moved" / ".swarm" / "t" / "work"
+    again = Workspace(root, load_task(tmp_path / "moved"), "", "m1")
+    again.open(tmp_path / "moved", "autoresearch/t-m1", tested)
+    assert fast_task.git(root, "rev-parse", "HEAD") == tested
+
+
+def test_compiled_python_beside_immutable_files_goes(tmp_path: Path) -> None:
+    _, workspace, _ = make(tmp_path)
+    cache = workspace.task_dir / "__pycache__"
+    cache.mkdir()
+    (cache / "score.cpython-311.pyc").write_bytes(b"forged")
+    workspace.drop_bytecode()
+    assert not cache.exists()
+
+
+def test_a_proposal_that_changes_nothing_is_our_mistake(tmp_path: Path) -> None:
+    _, workspace, base = make(tmp_path)
+    with pytest.raises(ValueError, match="changes nothing"):
+        workspace.commit({"train.py": fast_task.TRAIN}, "nothing", "id-1", base)
 
 
 def test_the_code_state_is_the_contents_and_nothing_else() -> None:

@@ -8,6 +8,8 @@ experiments), so a restart forgets nothing and the cost does not grow with the c
 
 from __future__ import annotations
 
+import contextlib
+import difflib
 import itertools
 import math
 import random
@@ -17,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from shared import constants
-from shared.pyedit import Constant, Literal
+from shared.pyedit import Constant, EditError, Literal
 from shared.task import Range, TaskSpec
 
 from ..journal import Experiment
@@ -103,11 +105,7 @@ class Search:
 
     def space(self, files: Files) -> list[Domain]:
         """The constants to search, in the task's order; without a search_space, all numeric ones there are."""
-        found = {
-            name: (file, constant)
-            for file, text in files.items()
-            for name, constant in constants.find(file, text).items()
-        }
+        found = _found(files)
         every: dict[str, Range | None] = {name: None for name in found if name not in NOT_SEARCHED}
         asked = self._task.search_space or every
         domains = []
@@ -180,6 +178,26 @@ def _anything(domains: Sequence[Domain], draw: random.Random) -> Iterator[dict[s
             if d in free
         }
         yield {d.name: value for d, value in drawn.items() if value != d.present}
+
+
+def _found(files: Files) -> dict[str, tuple[str, Constant]]:
+    """Each constant with its file; a file that does not parse has none (its run will say why)."""
+    found = {}
+    for file, text in files.items():
+        with contextlib.suppress(EditError):
+            found.update({name: (file, constant) for name, constant in constants.find(file, text).items()})
+    return found
+
+
+def unknown_constants(task: TaskSpec, files: Files) -> str | None:
+    """What is wrong with the names in the task's search_space, in words; None when each is a constant."""
+    found = _found(files)
+    for name in task.search_space if found else ():
+        if name not in found:
+            close = difflib.get_close_matches(name, found, n=1)
+            where = ", ".join(files)
+            return f"{name}: no constant of that name in {where}" + (f"; did you mean {close[0]!r}?" if close else "")
+    return None
 
 
 def _domain(file: str, constant: Constant, given: Range | None) -> Domain | None:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shared.prepare.bpb import PROBE_POSITIONS, Probe, Score, scored_rows
+from shared.prepare.bpb import PROBES, Probes, Score, scored_rows
 from shared.prepare.errors import MetricError
 
 
@@ -29,17 +29,27 @@ def test_the_rows_scored_are_fixed_and_never_looped(eval_tokens: int, rows: int)
     assert np.array_equal(scored_rows(packed, eval_tokens), packed[:rows])
 
 
+@given(st.integers(1, 600), st.integers(2, 300))
+def test_probes_are_rows_that_exist_with_cuts_that_have_a_before_and_an_after(rows: int, length: int) -> None:
+    probes = Probes(rows, length)
+    assert len(probes.cuts) == min(PROBES, rows)
+    assert all(0 <= row < rows and 1 <= cut < length for row, cut in probes.cuts.items())
+
+
+def test_cuts_are_spread_over_all_positions() -> None:
+    cuts = sorted(Probes(512, 257).cuts.values())
+    assert len(cuts) == PROBES == 256
+    assert cuts == list(range(1, 257))  # at 256 probes each position is looked at once
+    assert Probes(512, 257).cuts != Probes(512, 257).cuts  # and nobody knows in which row
+
+
 @given(st.integers(1, 8), st.integers(2, 40), st.integers(2, 500))
-def test_a_probe_changes_every_later_token_and_looks_only_before(rows: int, length: int, vocab: int) -> None:
+def test_a_change_is_of_every_token_from_the_cut_on_and_of_none_before(rows: int, length: int, vocab: int) -> None:
     inputs = np.random.default_rng(0).integers(0, vocab, size=(rows, length))
-    probe = Probe.of(inputs, vocab)
-    same = probe.changed == inputs
-    for row in range(rows):
-        cut = int(same[row].sum())
-        assert 1 <= cut < length
-        assert same[row, :cut].all()
-        assert (probe.positions[row] < cut).all()
-        assert cut - 1 in probe.positions[row]
-    assert probe.positions.shape == (rows, PROBE_POSITIONS)
-    assert probe.changed.min() >= 0
-    assert probe.changed.max() < vocab
+    cuts = [1 + row % length for row in range(rows)]
+    changed = Probes(rows, length).change(inputs, cuts, vocab)
+    for row, cut in enumerate(cuts):
+        assert (changed[row, :cut] == inputs[row, :cut]).all()
+        assert (changed[row, cut:] != inputs[row, cut:]).all()
+    assert changed.min() >= 0
+    assert changed.max() < vocab

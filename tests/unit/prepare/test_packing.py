@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 
@@ -66,7 +67,7 @@ def words(count: int, start: int = 0) -> list[str]:
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A data set `years` and a small profile beside the real ones, so that a vocabulary trains on a few kilobytes."""
-    small = packing.Profile("small", 32, 1.0, 640, 300, 4, 100, 1.0, 10.0, 1)
+    small = packing.Profile("small", 32, 1.0, 640, 300, 4, 100, 1.0, 1.0, 10.0, 1)
     monkeypatch.setitem(packing.PROFILES, "small", small)
     shards(tmp_path / "data" / "years", [words(400), words(300, 400), words(100, 700)])
     return tmp_path
@@ -112,6 +113,18 @@ def test_an_order_for_fewer_shards_packs_anew(cache: Path) -> None:
     assert [shard.name for shard in both.train.shards] == ["shard_00000.parquet", "shard_00001.parquet"]
     assert [shard.name for shard in one.train.shards] == ["shard_00000.parquet"]
     assert one.train.rows < both.train.rows
+    assert packing.Manifest.load(packing.rows_folder(cache, "years", "small")) == both  # in folders of their own
+
+
+def test_two_at_once_make_the_same_rows(cache: Path) -> None:
+    with ThreadPoolExecutor(2) as pool:
+        made = list(pool.map(lambda _: packing.prepare(cache, "small", "years", None, 1, silent), range(2)))
+    assert made[0] == made[1]
+    one = packing.sha256_of(packing.rows_folder(cache, "years", "small") / "train.bin")
+    for path in packing.rows_folder(cache, "years", "small").iterdir():
+        path.unlink()
+    packing.prepare(cache, "small", "years", None, 1, silent)
+    assert packing.sha256_of(packing.rows_folder(cache, "years", "small") / "train.bin") == one
 
 
 def test_a_second_call_does_nothing_but_look(cache: Path) -> None:
@@ -124,10 +137,9 @@ def test_a_second_call_does_nothing_but_look(cache: Path) -> None:
 def test_shards_are_packed_in_order_and_one_after_the_other(cache: Path) -> None:
     """Packing the first shard alone gives the first rows of packing both: that is what makes a resume possible."""
     packing.prepare(cache, "small", "years", 1, 1, silent)
-    rows = packing.rows_folder(cache, "years", "small")
-    first = (rows / "train.bin").read_bytes()
     packing.prepare(cache, "small", "years", 2, 1, silent)
-    assert (rows / "train.bin").read_bytes().startswith(first)
+    one, two = (packing.rows_folder(cache, "years", "small", n) / "train.bin" for n in (1, 2))
+    assert two.read_bytes().startswith(one.read_bytes())
 
 
 @pytest.mark.parametrize(
@@ -137,7 +149,9 @@ def test_shards_are_packed_in_order_and_one_after_the_other(cache: Path) -> None
 def test_unusable_data_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, groups: list[list[str]], complaint: str
 ) -> None:
-    monkeypatch.setitem(packing.PROFILES, "small", packing.Profile("small", 32, 1.0, 640, 300, 4, 100, 1.0, 10.0, 1))
+    monkeypatch.setitem(
+        packing.PROFILES, "small", packing.Profile("small", 32, 1.0, 640, 300, 4, 100, 1.0, 1.0, 10.0, 1)
+    )
     shards(tmp_path / "data" / "poor", groups)
     with pytest.raises(DataError, match=complaint):
         packing.prepare(tmp_path, "small", "poor", None, 1, silent)

@@ -74,10 +74,19 @@ print(json.dumps([seen, told]))
 
 
 def test_the_first_step_is_untimed_and_the_budget_ends_training() -> None:
-    done = ask(CLOCK.format(times=[100.0, 101.0, 103.0, 104.5], steps=4), SWARM_PROFILE="tiny", SWARM_BUDGET_S="4")
+    done = ask(CLOCK.format(times=[100.0, 101.0, 103.0, 104.1], steps=4), SWARM_PROFILE="tiny", SWARM_BUDGET_S="4")
     steps, told = json.loads(done.stdout)
-    assert steps == [[True, 0.0, 0.0], [True, 0.25, 1.0], [True, 0.75, 3.0], [False, 1.0, 4.5]]
+    assert [going_on for going_on, *_ in steps] == [True, True, False, False]  # another 2 s would have been 5 of 4
+    assert [progress for _, progress, _ in steps] == [0.0, 0.25, 0.75, 1.0]
+    assert [training_s for *_, training_s in steps] == pytest.approx([0.0, 1.0, 3.0, 4.1])
     assert told == ["clock", "trained"]
+
+
+def test_short_steps_use_the_whole_budget() -> None:
+    times = [10 + n / 10 for n in range(60)]
+    done = ask(CLOCK.format(times=times, steps=41), SWARM_PROFILE="tiny", SWARM_BUDGET_S="4")
+    steps, _ = json.loads(done.stdout)
+    assert [going_on for going_on, *_ in steps] == [True] * 40 + [False]
 
 
 def test_benchmark_mode_goes_by_steps() -> None:

@@ -135,9 +135,17 @@ def test_a_folder_may_be_immutable(tmp_path: Path) -> None:
     assert load_task(tmp_path).immutable_files == ("prepare",)
 
 
-def test_a_link_within_the_folder_is_followed(tmp_path: Path) -> None:
+def test_a_link_is_no_mutable_file(tmp_path: Path) -> None:
+    """What is written through it would be another file than what git commits."""
     write(tmp_path, SMALL, "real.py")
     (tmp_path / "a.py").symlink_to("real.py")
+    with pytest.raises(BadInput, match=r"mutable_files: 'a\.py' is no plain file"):
+        load_task(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["./a.py", "a.py/", ".//a.py"])
+def test_a_name_is_the_same_however_it_is_written(tmp_path: Path, name: str) -> None:
+    write(tmp_path, SMALL.replace("[a.py]", f"[{name}]"), "a.py")
     assert load_task(tmp_path).mutable_files == ("a.py",)
 
 

@@ -241,6 +241,8 @@ def test_to_dicts_is_json_with_everything_a_row_knows(tmp_path: Path) -> None:
         "description": "baseline",
         "proposer": "search",
         "seeds": [7, 7],
+        "digest": None,
+        "epochs": None,
     }
     assert [row["status"] for row in rows] == ["keep", "crash", "conflict", None]
     assert [row["score"] for row in rows] == [1.0, None, None, None]
