@@ -2,9 +2,10 @@
 
     python benchmarks/kill_restart.py --kills 50
 
-A fast task (milliseconds a run), real git, real processes; the first kills hit the first set-up. After each kill it restarts the worker; in the end it lets
-it finish one experiment and checks: every decided experiment of the journal stands in results.tsv exactly once, HEAD is
-the last keep, no process of a run is left, every tested commit is reachable. Exit 1 when a count is not 0.
+A fast task (milliseconds a run), real git, real processes; the first kills hit the first set-up. After each kill it
+restarts the worker; in the end it lets it finish one experiment and checks: every decided experiment of the journal
+stands in results.tsv exactly once, HEAD is the last keep, no process of a run is left, every tested commit is
+reachable. Exit 1 when a count is not 0.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The ratchet loop of one machine, whole: propose -> commit -> run -> decide -> keep or reset, for ever.
 
 (Reference, "The Experiment Loop".) Each step is made durable in the journal before the next one starts, so a kill at
-any moment loses at most the run in progress, and that run is made again. Between runs HEAD of
-the branch is the last keep.
+any moment loses at most the run in progress, and that run is made again. Between runs HEAD of the branch is the last
+keep.
 """
 
 from __future__ import annotations
