@@ -83,7 +83,9 @@ def init(
     source: Annotated[Path | None, typer.Option("--from", help="An existing repository to adopt as it is.")] = None,
     profile: Annotated[str | None, typer.Option(help="Constants for the hardware: h100, apple or tiny.")] = None,
     backend: Annotated[str | None, typer.Option(help="Which train template: torch.")] = None,
-    data: Annotated[Path | None, typer.Option(help="A folder of parquet shards with a `text` column.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="A folder of parquet shards with a `text` column, or climbmix.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Make a campaign: from the template, or from an existing repository (which is copied, never written to)."""
@@ -94,7 +96,7 @@ def init(
     else:
         profile, backend = profile or "tiny", backend or "torch"
         campaigns.check(directory, profile, backend)
-        made = campaigns.create(directory, profile, backend, preparing.register_data(data) if data else "sotu")
+        made = campaigns.create(directory, profile, backend, preparing.data_name(data))
     _say(
         as_json,
         {"directory": str(made.folder), "task": made.task.name},

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from shared.errors import BadInput, SwarmError
 from shared.prepare.data import EMBEDDED, Folder
+from shared.prepare.download import CLIMBMIX
 from shared.prepare.errors import DataError
 from shared.prepare.run_environment import cache_root
 from shared.task import TaskSpec
@@ -77,6 +78,13 @@ def prepare(task_dir: Path, task: TaskSpec, profile: str, progress: Callable[[st
     )
 
 
+def data_name(given: str | None) -> str:
+    """The data set that --data names: climbmix, a folder of parquet shards, or by default the embedded text."""
+    if given is None:
+        return EMBEDDED
+    return CLIMBMIX if given == CLIMBMIX and not Path(given).exists() else register_data(Path(given))
+
+
 def register_data(path: Path) -> str:
     """Gives a folder of parquet shards a name in the cache, by a link. Raises BadInput when it is unusable."""
     folder = path.expanduser().resolve()
@@ -85,8 +93,8 @@ def register_data(path: Path) -> str:
     except DataError as error:
         raise BadInput(f"--data {error}") from None
     name = slug(folder.name)
-    if name == EMBEDDED:
-        raise BadInput(f"--data {folder}: the name {EMBEDDED!r} belongs to the embedded text; rename the folder")
+    if name in (EMBEDDED, CLIMBMIX):
+        raise BadInput(f"--data {folder}: the name {name!r} is taken; rename the folder")
     link = cache_root(os.environ) / "data" / name
     if link.exists() or link.is_symlink():
         if link.resolve() == folder:

@@ -156,6 +156,7 @@ def run(order: Order, stop: threading.Event, watch: Callable[[Progress], None] =
 
 def _environment(order: Order) -> dict[str, str]:
     environment = {**os.environ, **order.environment, MARK: order.run_id}
+    environment.pop("SWARM_DATA_TOKEN", None)  # for downloads, not for agents' code
     # `python` in the task's command is the interpreter that we run on, which has the task's packages.
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', '')}"
     environment["PYTHONUNBUFFERED"] = "1"

@@ -11,6 +11,7 @@ import sys
 from dataclasses import asdict
 
 from . import packing
+from .download import CLIMBMIX_URL, Source
 from .errors import DataError
 from .identity import digest
 from .run import RUN
@@ -20,9 +21,10 @@ def main() -> int:
     def progress(stage: str, done: int, of: int) -> None:
         print(json.dumps({"stage": stage, "done": done, "of": of}), flush=True)
 
+    source = Source(os.environ.get("SWARM_DATA_URL") or CLIMBMIX_URL, os.environ.get("SWARM_DATA_TOKEN"))
     name, data, cache = RUN.profile.name, RUN.data, RUN.cache
     try:
-        manifest = packing.prepare(cache, name, data, RUN.train_shards, os.cpu_count() or 1, progress)
+        manifest = packing.prepare(cache, name, data, RUN.train_shards, os.cpu_count() or 1, progress, source)
         rows = packing.rows_folder(cache, data, name, RUN.train_shards)
         value = digest(rows, packing.tokenizer_folder(cache, data, RUN.profile.vocab_size))
     except DataError as error:

@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 
 from .constants import BUFFER_DOCUMENTS, PROFILES, Profile
 from .data import EMBEDDED, Folder, Shard, documents, write_embedded
+from .download import CLIMBMIX, DEFAULT_SOURCE, Source, climbmix_shards, fetch
 from .errors import DataError
 from .tokenizer import Tokenizer
 from .tokenizer import train as train_tokenizer
@@ -138,9 +139,15 @@ def sha256_of(path: Path) -> str:
 
 
 def prepare(
-    cache: Path, profile_name: str, data: str, train_shards: int | None, threads: int, progress: Progress
+    cache: Path,
+    profile_name: str,
+    data: str,
+    train_shards: int | None,
+    threads: int,
+    progress: Progress,
+    source: Source = DEFAULT_SOURCE,
 ) -> Manifest:
-    """Makes shards (embedded text only), tokenizer and rows; whatever is whole already stays.
+    """Makes or downloads shards (embedded text, climbmix), then tokenizer and rows; whatever is whole already stays.
 
     Raises DataError when the data set is missing or unusable. Resumable: killed at any moment, a second call continues
     after the last whole shard. One at a time for each cache: a second call waits for the first. `progress` is called
@@ -149,20 +156,34 @@ def prepare(
     cache.mkdir(parents=True, exist_ok=True)
     with (cache / "prepare.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        return _prepare(cache, profile_name, data, train_shards, threads, progress)
+        where = data_folder(cache, data, PROFILES[profile_name])
+        _bring(
+            where, data, train_shards or PROFILES[profile_name].train_shards, PROFILES[profile_name], source, progress
+        )
+        return _pack(cache, Folder.open(where), profile_name, data, train_shards, threads, progress)
 
 
-def _prepare(
-    cache: Path, profile_name: str, data: str, train_shards: int | None, threads: int, progress: Progress
-) -> Manifest:
-    profile = PROFILES[profile_name]
-    source = data_folder(cache, data, profile)
+def _bring(where: Path, data: str, train_shards: int, profile: Profile, source: Source, progress: Progress) -> None:
+    """Makes sure of the data set's shards."""
     if data == EMBEDDED:
         progress("text", 0, 1)
-        write_embedded(source, profile.document_characters)
-    elif not source.exists():
-        raise DataError(f"data set {data!r} is not in {cache / 'data'}; name its folder: `swarm prepare --data PATH`")
-    folder = Folder.open(source)
+        write_embedded(where, profile.document_characters)
+    elif data == CLIMBMIX:
+        fetch(climbmix_shards(train_shards), where, source, progress)
+    elif not where.exists():
+        raise DataError(f"data set {data!r} is not in {where.parent}; name its folder: `swarm prepare --data PATH`")
+
+
+def _pack(
+    cache: Path,
+    folder: Folder,
+    profile_name: str,
+    data: str,
+    train_shards: int | None,
+    threads: int,
+    progress: Progress,
+) -> Manifest:
+    profile = PROFILES[profile_name]
     chosen = folder.train[: train_shards or profile.train_shards]
     tokenizer = _tokenizer(tokenizer_folder(cache, data, profile.vocab_size), folder, profile, progress)
 
@@ -185,7 +206,9 @@ def _prepare(
     validation = packer.pack(rows, "val", (folder.validation,), most_rows=most)
     train = packer.pack(rows, "train", chosen, most_rows=None)
     if not train.rows or not validation.rows:
-        raise DataError(f"{source}: too little text for one row of {profile.max_seq_len + 1} tokens on each side")
+        raise DataError(
+            f"{folder.validation.parent}: too little text for one row of {profile.max_seq_len + 1} tokens on each side"
+        )
     manifest = Manifest(
         FORMAT,
         profile_name,

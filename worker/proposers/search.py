@@ -326,7 +326,6 @@ class _CmaEs(_Sampler):
         import numpy as np
 
         self._numeric = [d for d in domains if not d.choices or all(not isinstance(c, (str, bool)) for c in d.choices)]
-        self._np = np
         self._cma: Any = None
         if len(self._numeric) < 2:
             return
