@@ -30,7 +30,7 @@ from worker.machine import detect
 from worker.proposers import Proposal
 from worker.proposers.search import Search
 from worker.runner import Progress
-from worker.setup import Setup
+from worker.setup import Setup, locked
 from worker.workspace import Files
 
 NOOP = "echo 'val_bpb: 1.0' > run.log"
@@ -84,9 +84,10 @@ def main() -> None:
         alone = command_alone(folder)
         watch = Stopwatch()
         setup = Setup(campaign, replace(detect(), name="bench"), "overhead")
-        loop = setup.loop(Counting(), watch, threading.Event(), lambda *_: None)
-        loop.establish()
-        loop.go(arguments.experiments)
+        with locked(setup.state):
+            loop = setup.loop(Counting(), watch, threading.Event(), lambda *_: None)
+            loop.establish()
+            loop.go(arguments.experiments)
         spent = [after - before - alone for before, after in zip(watch.at, watch.at[1:], strict=False)]
         early, late = statistics.median(spent[50:150]), statistics.median(spent[-100:])
         print(f"the command alone {alone * 1e3:.1f} ms; {len(spent)} experiments")

@@ -28,6 +28,13 @@ def test_fifty_random_kills_lose_and_double_nothing() -> None:
     assert "50 kills" in done.stdout
 
 
+def test_the_benchmark_of_the_loop_still_runs() -> None:
+    script = [sys.executable, "benchmarks/loop_overhead.py", "--experiments", "60"]
+    done = subprocess.run(script, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"61 experiments\noverhead, all: median [\d.]+ s", done.stdout)
+
+
 def test_the_demo_finds_something_better_than_the_baseline(tmp_path: Path) -> None:
     environment = {**os.environ, "AUTORESEARCH_CACHE": str(tmp_path / "cache"), "TMPDIR": str(tmp_path)}
     script = [sys.executable, "-m", "worker.cli", "demo"]
