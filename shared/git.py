@@ -7,9 +7,12 @@ NOT covered: nothing here decides what to commit or reset; see worker/workspace.
 
 from __future__ import annotations
 
+import fcntl
 import os
+import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")  # a missing git is our message to give, not an import error
@@ -72,20 +75,34 @@ class Repo:
         settings = (part for setting in _SAFE for part in ("-c", setting))
         command = ["git", "-C", str(self.path), "--literal-pathspecs", *settings, *arguments]
         try:
-            output = self._git.execute(
-                command,
-                env=environment,
-                strip_newline_in_stdout=strip,
-                with_exceptions=True,
-                start_new_session=True,  # Ctrl-C is for the worker to act on, not for a git in the middle of a commit
-            )
+            output = self._execute(command, environment, strip)
         except gitpython.exc.GitCommandNotFound:
             raise GitError("git is not installed or not on PATH") from None
         except gitpython.exc.GitCommandError as error:
             words = f"{error.stderr}\n{error.stdout}".replace("stderr: '", "").replace("stdout: '", "")
             said = " ".join(words.replace("'\n", "\n").split()).strip("' ")
             raise GitError(f"git {' '.join(arguments[:3])} in {self.path}: {said}") from None
-        return str(output)
+        return output
+
+    def _execute(self, command: Sequence[str], environment: Mapping[str, str], strip: bool) -> str:
+        """In a session of its own: Ctrl-C is for the worker to act on, not for a git in the middle of a commit.
+
+        A git that SIGINT ended all the same was caught between fork and exec: it has done nothing, so it is run again.
+        """
+        while True:
+            try:
+                return str(
+                    self._git.execute(
+                        command,
+                        env=environment,
+                        strip_newline_in_stdout=strip,
+                        with_exceptions=True,
+                        start_new_session=True,
+                    )
+                )
+            except gitpython.exc.GitCommandError as error:
+                if error.status != -signal.SIGINT:
+                    raise
 
     # -- looking
 
@@ -150,6 +167,14 @@ class Repo:
         new = self.run("commit-tree", f"{commit}^{{tree}}", *flags, "-m", message)
         self.run("update-ref", ref, new)
         return new
+
+    @contextmanager
+    def exclusively(self) -> Iterator[None]:
+        """One process at a time for each repository, all its worktrees together; for work that spans several gits."""
+        config = Path(self.run("rev-parse", "--path-format=absolute", "--git-common-dir")) / "config"
+        with config.open() as file:  # locked, never written: it is there, and leaves no file behind
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
 
     def clear_locks(self, patience_s: float) -> list[str]:
         """Removes lock files that a killed git left behind; returns their names.

@@ -146,8 +146,8 @@ def run(order: Order, stop: threading.Event, watch: Callable[[Progress], None] =
             finally:
                 kill_group(process.pid)
                 process.wait()
-            if killed == "stopped":
-                raise Interrupted
+            if killed == "stopped" or (stop.is_set() and process.returncode == -signal.SIGINT):
+                raise Interrupted  # the latter: Ctrl-C met it between fork and exec
             lines.seek(0)  # through this handle also where the run has removed its log
             return _outcome(order, lines.read().decode(errors="replace"), watcher, killed, process.returncode)
     finally:

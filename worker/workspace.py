@@ -60,16 +60,17 @@ class Workspace:
         is touched, but for git's own lock files.
         """
         repo = Repo(campaign, self.repo.author)
-        locks = repo.clear_locks(STALE_LOCK_S)
-        repo.exclude(EXCLUDED)
-        if not self._usable(repo, branch):
-            self._forget(repo)
-            new = [] if repo.resolve(f"refs/heads/{branch}") else ["-b", branch]
-            repo.run("worktree", "add", "--quiet", "--force", *new, str(self.root), branch if not new else at)
-        if locks := [*locks, *self.repo.clear_locks(STALE_LOCK_S)]:
-            self.mended = f"removed {', '.join(locks)}, left by a killed git"
-        self.repo.reset_hard(at)
-        self.repo.run("clean", "--quiet", "-d", "--force")
+        with repo.exclusively():  # workers of other slots may be starting in this campaign
+            locks = repo.clear_locks(STALE_LOCK_S)
+            repo.exclude(EXCLUDED)
+            if not self._usable(repo, branch):
+                self._forget(repo)
+                new = [] if repo.resolve(f"refs/heads/{branch}") else ["-b", branch]
+                repo.run("worktree", "add", "--quiet", "--force", *new, str(self.root), branch if not new else at)
+            if locks := [*locks, *self.repo.clear_locks(STALE_LOCK_S)]:
+                self.mended = f"removed {', '.join(locks)}, left by a killed git"
+            self.repo.reset_hard(at)
+            self.repo.run("clean", "--quiet", "-d", "--force")
         self._link = (self.root / ".git").read_text()
         self._immutable = self.immutable_digest()
 

@@ -298,6 +298,27 @@ def test_ctrl_c_to_the_whole_group_ends_cleanly_whenever_it_comes(task: Path) ->
         assert "Traceback" not in output
 
 
+def test_four_machines_start_at_once_in_one_campaign(task: Path) -> None:
+    workers = [
+        subprocess.Popen(
+            [sys.executable, "-m", "worker.cli", "run", "--yes", "--name", f"m{n}", "--tag", "t", "--experiments", "3"],
+            cwd=task,
+            env={**os.environ, **HOME_VARIABLES},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for n in range(4)
+    ]
+    for worker in workers:
+        output, _ = worker.communicate(timeout=120)
+        assert worker.returncode == 0, output
+    branches = fast_task.git(task, "for-each-ref", "--format=%(refname:short)", "refs/heads/autoresearch").split()
+    assert branches == [f"autoresearch/t-m{n}" for n in range(4)]
+    for n in range(4):
+        assert (task / f".swarm/t-m{n}/work/results.tsv").read_text().count("\n") == 5
+
+
 def test_a_second_worker_on_the_same_slot_is_refused(task: Path) -> None:
     worker = start(task, NAP="0.4")
     try:
