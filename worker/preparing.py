@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shared.errors import BadInput, SwarmError
+from shared.prepare.constants import PROFILES
 from shared.prepare.data import EMBEDDED, Folder
 from shared.prepare.download import CLIMBMIX
 from shared.prepare.errors import DataError
@@ -35,9 +36,13 @@ class Prepared:
 
 def prepare(task_dir: Path, task: TaskSpec, profile: str, progress: Callable[[str, int, int], None]) -> Prepared:
     """Runs `python -m prepare` of the campaign; quick when the rows are there. Raises BadInput for unusable data."""
-    environment = {**os.environ, "SWARM_PROFILE": profile, "SWARM_DATA": task.data, "PYTHONDONTWRITEBYTECODE": "1"}
-    if task.train_shards:
-        environment["SWARM_TRAIN_SHARDS"] = str(task.train_shards)
+    environment = {
+        **os.environ,
+        "SWARM_PROFILE": profile,
+        "SWARM_DATA": task.data,
+        "SWARM_TRAIN_SHARDS": str(task.train_shards or PROFILES[profile].train_shards),
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
     command = [sys.executable, "-m", "prepare"]
     with tempfile.TemporaryFile("w+") as errors:
         with subprocess.Popen(

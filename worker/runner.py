@@ -30,7 +30,8 @@ MARK = "SWARM_RUN"  #: environment variable by which every process of a run is f
 TAIL_LINES = 50  #: lines of run.log that a crash is diagnosed from (reference, "Crash Handling Protocol")
 POLL_S = 0.05
 MEMORY_EVERY_S = 0.25
-STRAY_PASSES = 10  #: looks for what a run left behind; one more whenever one has found something
+STRAY_PASSES = 10  #: looks for what a run left behind, at most
+GONE_S = 5.0  #: for killed processes to be gone; memory-rich ones take a while
 EVAL_COMMAND_S = 60.0  #: an eval command reads a log; longer than this it hangs
 UNTIMED_STEPS = 3  #: tokens drawn before the clock starts: one step's worth, and what a loader reads ahead
 
@@ -244,7 +245,11 @@ class _Watcher:
 
 def _finite(value: object) -> float | None:
     """A number from what a run wrote; None for anything else."""
-    return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
+    try:
+        number = float(value) if isinstance(value, (int, float)) else math.nan
+    except OverflowError:  # an integer of hundreds of digits
+        return None
+    return number if math.isfinite(number) else None
 
 
 def memory_gb(pid: int) -> float:
@@ -269,15 +274,32 @@ def end_strays(run_id: str | None, worktree: Path | None = None) -> int:
     With `worktree` instead of a run's id: whatever any run left behind in that worktree, after a killed worker.
     """
     ended: set[psutil.Process] = set()
-    for _ in range(STRAY_PASSES):  # again, for what was forked while the last pass looked
+    empty = 0
+    for _ in range(STRAY_PASSES):  # until two find nothing: what forks and exits while one looks shows in the next
         found = {process for process in psutil.process_iter() if _is_stray(process, run_id, worktree)} - ended
         for process in found:
             with contextlib.suppress(psutil.Error):
                 process.kill()
         ended |= found
-        if not found:
+        empty = 0 if found else empty + 1
+        if empty == 2:
             break
+        _wait_until_gone(found)
     return len(ended)
+
+
+def _wait_until_gone(killed: set[psutil.Process]) -> None:
+    """Returns when none of them runs any more, GONE_S at the latest: a kill takes effect a little after it is sent."""
+    until = time.monotonic() + GONE_S
+    while time.monotonic() < until and any(_runs(process) for process in killed):
+        time.sleep(0.005)
+
+
+def _runs(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
 
 
 def _is_stray(process: psutil.Process, run_id: str | None, worktree: Path | None) -> bool:

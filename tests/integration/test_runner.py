@@ -96,6 +96,7 @@ def test_each_failure_is_a_crash_in_words(order: Order, command: str, reason: st
         "printf '\\377\\376\\n'",
         """echo '{"event": "clock", "drawn": null}' >> $SWARM_RECORD""",
         """echo '{"event": "batch", "drawn": "x", "steps": []}' >> $SWARM_RECORD""",
+        f"""echo '{{"event": "batch", "drawn": 1{"0" * 400}}}' >> $SWARM_RECORD""",
         "echo '[1]' >> $SWARM_RECORD; echo 17 >> $SWARM_RECORD; rm $SWARM_RECORD",
     ],
 )
@@ -196,22 +197,14 @@ def test_a_stop_ends_the_run_and_is_no_outcome(order: Order) -> None:
     assert marked(order.run_id) == []
 
 
-def test_progress_lines_are_followed_live(order: Order) -> None:
-    seen: list[Progress] = []
-    stop = threading.Event()
-
-    def watch(progress: Progress) -> None:
-        seen.append(progress)
-        if progress.step is not None:
-            stop.set()
-
-    command = "echo 'step 12 | progress 0.2500 | loss 3.5000 | lr 1e-2 | 100 tokens/s | epoch 1'; sleep 300"
-    with pytest.raises(Interrupted):
-        run(replace(order, command=command), stop, watch)
-    assert (seen[-1].step, seen[-1].share, seen[-1].loss) == (12, 0.25, 3.5)
-
-
-def test_the_references_own_progress_line_is_understood(order: Order) -> None:
+@pytest.mark.parametrize(
+    ("line", "step", "share", "loss"),
+    [
+        ("step 12 | progress 0.2500 | loss 3.5000 | lr 1e-2 | 100 tokens/s | epoch 1", 12, 0.25, 3.5),
+        ("step 2 | loss 10.87 | lr 2.4e-04 | 2.4k tokens/s", 2, None, 10.87),  # the reference's own
+    ],
+)
+def test_progress_lines_are_followed_live(order: Order, line: str, step: int, share: float | None, loss: float) -> None:
     seen: list[Progress] = []
     stop = threading.Event()
 
@@ -221,8 +214,8 @@ def test_the_references_own_progress_line_is_understood(order: Order) -> None:
             stop.set()
 
     with pytest.raises(Interrupted):
-        run(replace(order, command="echo 'step 2 | loss 10.87 | lr 2.4e-04 | 2.4k tokens/s'; sleep 300"), stop, watch)
-    assert (seen[-1].step, seen[-1].share, seen[-1].loss) == (2, None, 10.87)
+        run(replace(order, command=f"echo '{line}'; sleep 300"), stop, watch)
+    assert (seen[-1].step, seen[-1].share, seen[-1].loss) == (step, share, loss)
 
 
 EXPECTED = Expected("tiny", 9.0, "d1", 3.0, 3.0)

@@ -168,7 +168,7 @@ def _combinations(domains: Sequence[Domain]) -> Iterator[dict[str, Literal]]:
 
 
 def _anything(domains: Sequence[Domain], draw: random.Random) -> Iterator[dict[str, Literal]]:
-    """Random changes in finer steps than a sampler's tidy ones; endless wherever a constant is continuous."""
+    """Random changes in finer steps than a sampler's tidy ones, where a constant is continuous."""
     continuous = [d for d in domains if not d.choices and not d.whole]
     for _ in range(ATTEMPTS if continuous else 0):
         free = {draw.choice(continuous), *draw.sample(domains, draw.randint(0, len(domains) - 1))}
