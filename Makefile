@@ -28,7 +28,7 @@ format: $(READY)
 $(READY): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed: make PYTHON=python3.12 ..."; exit 2; }
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[torch,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[torch,ray,postgres,dev]'
 	@touch $@
 
 clean:

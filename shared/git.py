@@ -7,6 +7,7 @@ NOT covered: nothing here decides what to commit or reset; see worker/workspace.
 
 from __future__ import annotations
 
+import base64
 import fcntl
 import os
 import signal
@@ -57,9 +58,16 @@ class Repo:
         # Without a folder: GitPython would expand `~` and `$X` in it, and use the current one where it is missing.
         self._git = gitpython.Git()
 
-    def run(self, *arguments: str, date: str | None = None, strip: bool = True) -> str:
+    def run(
+        self,
+        *arguments: str,
+        date: str | None = None,
+        strip: bool = True,
+        environment: Mapping[str, str] | None = None,
+    ) -> str:
         """Runs git and returns its output. `date` fixes author and committer time. Raises GitError."""
         environment = {
+            **(environment or {}),
             **self._ceiling,
             "GIT_AUTHOR_NAME": self.author,
             "GIT_AUTHOR_EMAIL": f"{self.author}@swarm",
@@ -225,6 +233,21 @@ def init(path: Path, author: str = "swarm") -> Repo:
     repo = Repo(path, author)
     repo.run("init", "--quiet", "--initial-branch=main")
     return repo
+
+
+def http_environment(url: str, token: str | None) -> dict[str, str]:
+    """What a git that talks to `url` needs in its environment: the token goes nowhere else, and to no other host.
+
+    Never into a remote's URL or an argument: agents read .git/config, and everybody reads process lists.
+    """
+    settings = {"http.followRedirects": "false", "http.lowSpeedLimit": "1000", "http.lowSpeedTime": "60"}
+    if token:
+        credentials = base64.b64encode(f"swarm:{token}".encode()).decode()
+        settings[f"http.{url}.extraHeader"] = f"Authorization: Basic {credentials}"
+    pairs = list(enumerate(settings.items()))
+    keys = {f"GIT_CONFIG_KEY_{n}": key for n, (key, _) in pairs}
+    values = {f"GIT_CONFIG_VALUE_{n}": value for n, (_, value) in pairs}
+    return {"GIT_CONFIG_COUNT": str(len(pairs)), **keys, **values}
 
 
 def clone(source: Path, path: Path, author: str = "swarm") -> Repo:

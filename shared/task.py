@@ -81,6 +81,13 @@ class Rung(_Strict):
         return {name: _number(value) for name, value in values.items()}
 
 
+class SanityBounds(_Strict):
+    """Beyond these a result is set aside as suspect until someone has looked (`swarm serve`)."""
+
+    best_possible: float | None = None  #: a score better than this
+    largest_step: Annotated[float, Field(gt=0)] | None = None  #: one experiment better than HEAD by more than this
+
+
 class TaskSpec(_Strict):
     """One study's task."""
 
@@ -98,6 +105,7 @@ class TaskSpec(_Strict):
     search_space: dict[str, Range] = {}
     ratchet: RatchetSettings = RatchetSettings()
     rungs: tuple[Rung, ...] = ()
+    sanity: SanityBounds | None = None  #: by default the profile's
     memory_limit_gb: Annotated[float, Field(gt=0)] | None = None
     sampler: Literal["tpe", "cmaes"] = "tpe"  #: how `search` draws values
     profile: str | None = None  #: set where the score is measured by our prepare package
@@ -194,5 +202,10 @@ def _first_problem(error: ValidationError) -> str:
 
 
 def _known_keys(location: list[str]) -> list[str]:
-    inner: dict[str, type[BaseModel]] = {"search_space": Range, "ratchet": RatchetSettings, "rungs": Rung}
+    inner: dict[str, type[BaseModel]] = {
+        "search_space": Range,
+        "ratchet": RatchetSettings,
+        "rungs": Rung,
+        "sanity": SanityBounds,
+    }
     return sorted((inner[location[0]] if location else TaskSpec).model_fields)

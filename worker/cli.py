@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import json
-import os
 import signal
 import sys
 import tempfile
@@ -50,8 +49,8 @@ Here = Annotated[Path, typer.Option("--dir", "-C", help="The campaign's task dir
 DEMO_EXPERIMENTS = 10
 
 
-def main() -> None:
-    """The entry point: messages instead of tracebacks for what a person can mend."""
+def run_app() -> None:
+    """Runs the commands: messages instead of tracebacks for what a person can mend."""
     git.forget_caller()
     try:
         app(standalone_mode=False)
@@ -189,7 +188,7 @@ def _research(campaign: Campaign, machine: MachineProfile, tag: str, experiments
     setup = Setup(campaign, machine, tag)
     stop = threading.Event()
     console.print(f"{setup.branch} on {machine.accelerator or machine.chip} ({machine.machine_class})")
-    screen = TerminalScreen(console, campaign.task)
+    screen = TerminalScreen(console, campaign.task.sign)
     with locked(setup.state):
         with _Bar() as bar:
             proposer = Search(campaign.task, seed=zlib.crc32(setup.branch.encode()))
@@ -351,8 +350,3 @@ def demo(
     picture = folder / "progress.png"
     plot(picture, folder, as_json=False)
     console.print(f"the research log: git -C {folder} log {setup.branch}")
-
-
-if __name__ == "__main__":
-    os.environ.setdefault("PYTHONUNBUFFERED", "1")
-    main()

@@ -33,6 +33,9 @@ class Run:
     digest: str | None = None  #: of all that the score depends on besides the mutable files; None without a profile
     epochs: float | None = None  #: passes over the training rows
     tail: str = ""  #: the last lines of its log, where it failed
+    phases: dict[str, float] = field(default_factory=dict)  #: seconds: start, compile, train, evaluate
+    summary: dict[str, float] = field(default_factory=dict)  #: what it printed
+    run: str = ""  #: its id
 
 
 @dataclass
@@ -48,6 +51,10 @@ class Experiment:
     params: dict[str, Any]  #: all searched constants as they then stood
     nodes_added: int
     code_state: str
+    idea: str = ""  #: its hypothesis; replays inherit it
+    parent: str = ""  #: where the branch stood when it was tried
+    version: int = 0  #: grows with all that becomes known of it
+    lease: dict[str, Any] | None = None  #: what its last run was leased for
     runs: list[Run] = field(default_factory=list)
     status: Status | None = None  #: None until it is decided
     reason: str = ""
@@ -121,11 +128,16 @@ class Journal:
             case "experiment":
                 names = Experiment.__dataclass_fields__.keys() & event.keys()
                 experiment = Experiment(**{name: event[name] for name in names})
+                experiment.version = 1
+                experiment.parent = experiment.parent or self.commit
+                experiment.idea = experiment.idea or experiment.id
                 self.experiments.append(experiment)
                 self._by_id[experiment.id] = experiment
             case "run":
                 experiment = self._by_id[event["experiment"]]
-                if experiment.status is not None:
+                experiment.version += 1
+                experiment.lease = event.get("lease")
+                if experiment is self.head:
                     self._reran_at = self.since_keep
                 fields = Run.__dataclass_fields__.keys() & event.keys()
                 experiment.runs.append(Run(**{name: event[name] for name in fields}))
@@ -137,12 +149,17 @@ class Journal:
                 experiment = self._by_id[event["experiment"]]
                 experiment.status, experiment.reason = Status(event["status"]), event["reason"]
                 experiment.decided_at = event["at"]
+                experiment.version += 1
                 if experiment.status is not Status.KEEP:
                     self.since_keep += 1
             case "kept":
                 self.head = self._by_id[event["experiment"]]
                 self.head.kept = event["commit"]
+                self.head.version += 1
                 self.since_keep = self._reran_at = 0
+
+    def find(self, identity: str) -> Experiment | None:
+        return self._by_id.get(identity)
 
     @property
     def pending(self) -> Experiment | None:

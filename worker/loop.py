@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
+from shared import wire
 from shared.errors import BadInput, SwarmError
 from shared.task import CONFIG_NAME, TaskSpec
 from shared.wire import Status
@@ -31,6 +32,27 @@ from .workspace import Workspace
 
 class BaselineFailed(BadInput):
     """The unmodified code gave no score; there is nothing to climb from."""
+
+
+class Link(Protocol):
+    """The seam to a coordinator. No call may fail, or take longer than 2 s: research goes on without one."""
+
+    def assignment(self) -> wire.Explore | wire.Confirm | wire.Replay | wire.Promote: ...
+    def report(self, experiment: Experiment) -> None: ...
+    def give_back(self, lease: wire.LeaseRef, why: str) -> None: ...
+
+
+class Alone:
+    """No coordinator: explore, and tell nobody."""
+
+    def assignment(self) -> wire.Explore:
+        return wire.Explore()
+
+    def report(self, experiment: Experiment) -> None:
+        pass
+
+    def give_back(self, lease: wire.LeaseRef, why: str) -> None:
+        pass
 
 
 class Screen(Protocol):
@@ -50,6 +72,7 @@ class Limits:
     memory_limit_gb: float
     environment: Mapping[str, str]
     expected: Expected | None  #: set where our prepare measures the score
+    inherit: tuple[int, ...] = ()  #: descriptors that every run gets
 
 
 class Loop:
@@ -65,11 +88,12 @@ class Loop:
         state: Path,
         screen: Screen,
         stop: threading.Event,
+        link: Link,
     ) -> None:
         """`state` is `<campaign>/.swarm/<name>`, the folder for logs and the record, outside the worktree."""
         self._campaign = state.parent.parent
         self._task, self._workspace, self._journal, self._proposer = task, workspace, journal, proposer
-        self._limits, self._state, self._screen, self._stop = limits, state, screen, stop
+        self._limits, self._state, self._screen, self._stop, self._link = limits, state, screen, stop, link
         settings = task.ratchet
         self._policy = Policy(
             settings.policy,
@@ -108,13 +132,27 @@ class Loop:
                 if ratchet.rerun_due(self._journal.since_rerun, self._policy):
                     self._rerun()
                     continue
+                if not self._run_assignment(self._link.assignment()):
+                    return
+        except Interrupted:
+            self._void("stopped by hand")
+
+    def _run_assignment(self, assignment: wire.Explore | wire.Confirm | wire.Replay | wire.Promote) -> bool:
+        """Whether to go on; False when there is nothing left to try."""
+        match assignment:
+            case wire.Confirm():
+                self._confirm(assignment)
+            case wire.Explore(wait_s=wait) if wait > 0:
+                self._stop.wait(wait)
+            case wire.Explore():
                 proposal = self._proposer.propose(self._workspace.files(), self._journal.experiments)
                 if proposal is None:
                     self._screen.note(f"{self._proposer.name} has nothing left to try; widen search_space")
-                    return
+                    return False
                 self._try(proposal)
-        except Interrupted:
-            self._void("stopped by hand")
+            case _:
+                self._link.give_back(assignment.lease, f"this version runs no {assignment.kind}")
+        return True
 
     # -- its steps
 
@@ -146,9 +184,25 @@ class Loop:
         decision = self._judge(experiment, outcome)
         self._journal.append("decision", experiment=experiment.id, status=decision.status, reason=decision.reason)
         self._file(experiment)
+        self._link.report(experiment)
         self._screen.decided(experiment, results.standing(self._journal, self._task))
 
-    def _run(self, experiment: Experiment) -> RunOutcome:
+    def _confirm(self, assignment: wire.Confirm) -> None:
+        """The code of an experiment once more, whatever became of it."""
+        experiment = self._journal.find(str(assignment.experiment))
+        if experiment is None or experiment.status is None:
+            self._link.give_back(assignment.lease, "not an experiment of this machine")
+            return
+        self._screen.note(f"running #{experiment.number} again ({experiment.description})")
+        rows = results.to_tsv(self._journal.experiments, self._task.metric)
+        self._workspace.reset(experiment.tested, rows)
+        outcome = self._run(experiment, assignment.lease)
+        self._workspace.reset(self._journal.commit, rows)
+        self._link.report(experiment)
+        level = outcome.reason if outcome.score is None else f"{outcome.score:.6f}"
+        self._screen.note(f"#{experiment.number} again: {level}")
+
+    def _run(self, experiment: Experiment, lease: wire.LeaseRef | None = None) -> RunOutcome:
         if self._workspace.immutable_changed():
             raise SwarmError(f"immutable files in {self._workspace.task_dir} differ from when this worker started")
         self._workspace.drop_bytecode()
@@ -165,6 +219,7 @@ class Loop:
             self._state / "record.jsonl",
             self._limits.memory_limit_gb,
             self._limits.expected,
+            self._limits.inherit,
         )
         outcome = run(order, self._stop, self._screen.progress)
         if not self._workspace.sound():
@@ -174,7 +229,8 @@ class Loop:
             outcome = replace(outcome, status=Status.CRASH, score=None, reason="it changed an immutable file")
         self._keep_log(order.cwd / "run.log", f"{experiment.number:05d}-{run_id[:8]}.log")
         fields = {name: value for name, value in asdict(outcome).items() if name != "status"}
-        self._journal.append("run", experiment=experiment.id, run=run_id, status=outcome.status, **fields)
+        leased = {"lease": lease.model_dump(mode="json")} if lease else {}
+        self._journal.append("run", experiment=experiment.id, run=run_id, status=outcome.status, **fields, **leased)
         return outcome
 
     def _keep_log(self, log: Path, name: str) -> None:
@@ -214,6 +270,7 @@ class Loop:
         self._screen.note(f"running HEAD again ({head.description})")
         outcome = self._run(head)
         self._workspace.reset(self._journal.commit, results.to_tsv(self._journal.experiments, self._task.metric))
+        self._link.report(head)
         level = "no score" if outcome.score is None else f"{outcome.score:.6f}"
         self._screen.note(f"HEAD again: {level}; mean of its {len(head.scores)} runs is the level to beat")
 
@@ -229,6 +286,7 @@ class Loop:
         self._workspace.reset(pending.tested, rows)
         if pending.status is Status.KEEP:
             self._file(pending)
+            self._link.report(pending)
         elif pending.runs:
             last = pending.runs[-1]
             status = None if last.score is not None else Status(last.status or Status.CRASH)
@@ -238,6 +296,7 @@ class Loop:
             decision = self._judge(pending, outcome)
             self._journal.append("decision", experiment=pending.id, status=decision.status, reason=decision.reason)
             self._file(pending)
+            self._link.report(pending)
             self._screen.decided(pending, results.standing(self._journal, self._task))
         else:
             if not self._journal.interrupted:

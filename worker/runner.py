@@ -87,6 +87,7 @@ class Order:
     record: Path  #: where prepare writes its events
     memory_limit_gb: float
     expected: Expected | None = None  #: set where prepare measures the score
+    inherit: tuple[int, ...] = ()  #: descriptors that it gets: what they lock stays locked while it lives
 
 
 @dataclass(frozen=True)
@@ -138,6 +139,7 @@ def run(order: Order, stop: threading.Event, watch: Callable[[Progress], None] =
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            pass_fds=order.inherit,
         )
     try:
         with order.record.open("rb") as events, log.open("rb") as lines:
@@ -157,7 +159,8 @@ def run(order: Order, stop: threading.Event, watch: Callable[[Progress], None] =
 
 def _environment(order: Order) -> dict[str, str]:
     environment = {**os.environ, **order.environment, MARK: order.run_id}
-    environment.pop("SWARM_DATA_TOKEN", None)  # for downloads, not for agents' code
+    for name in ("SWARM_DATA_TOKEN", "SWARM_TOKEN"):  # for us, not for agents' code
+        environment.pop(name, None)
     # `python` in the task's command is the interpreter that we run on, which has the task's packages.
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', '')}"
     environment["PYTHONUNBUFFERED"] = "1"

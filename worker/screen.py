@@ -6,7 +6,6 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from shared.task import TaskSpec
 from shared.wire import Status
 
 from .journal import Experiment
@@ -31,8 +30,9 @@ def staircase(levels: list[float], sign: int) -> str:
 class TerminalScreen:
     """Rich on a terminal; plain lines, one a verdict, anywhere else."""
 
-    def __init__(self, console: Console, task: TaskSpec) -> None:
-        self._console, self._task = console, task
+    def __init__(self, console: Console, sign: int = 1) -> None:
+        """`sign`: +1 where lower is better."""
+        self._console, self._sign = console, sign
         self._live: Live | None = None
         self._current = ""
         self._levels: list[float] = []
@@ -67,7 +67,7 @@ class TerminalScreen:
             parts.append(f"loss {progress.loss:.4f}")
         lines = [Text(f"{self._current}  {'  '.join(parts)}", style="cyan", no_wrap=True, overflow="ellipsis")]
         if len(self._levels) > 1:
-            steps = staircase(self._levels, self._task.sign)
+            steps = staircase(self._levels, self._sign)
             lines.append(Text(f"{self._levels[0]:.4f} {steps} {self._levels[-1]:.4f}", style="green"))
         self._live.update(Text("\n").join(lines))
 

@@ -28,7 +28,7 @@ from shared.wire import Status
 
 from .campaign import Campaign
 from .journal import Journal
-from .loop import Limits, Loop, Screen
+from .loop import Alone, Limits, Link, Loop, Screen
 from .machine import MachineProfile, slug
 from .preparing import Prepared, prepare
 from .proposers import Proposer
@@ -98,7 +98,9 @@ def locked(state: Path) -> Iterator[None]:
 class Setup:
     """Everything a loop stands on, made or found again."""
 
-    def __init__(self, campaign: Campaign, machine: MachineProfile, tag: str) -> None:
+    def __init__(self, campaign: Campaign, machine: MachineProfile, tag: str, inherit: tuple[int, ...] = ()) -> None:
+        """`inherit`: descriptors that every run gets (the slot's lock)."""
+        self._inherit = inherit
         self.campaign, self.machine, self.tag = campaign, machine, slug(tag)
         self.branch = branch_name(campaign, self.tag, machine.name)
         self.state = state_folder(campaign, self.tag, machine.name)
@@ -111,7 +113,9 @@ class Setup:
         assert self._journal is not None, "loop() comes first"
         return self._journal
 
-    def loop(self, proposer: Proposer, screen: Screen, stop: threading.Event, progress: Bar) -> Loop:
+    def loop(
+        self, proposer: Proposer, screen: Screen, stop: threading.Event, progress: Bar, link: Link | None = None
+    ) -> Loop:
         """Branch, worktree, data and journal, in step with each other. Call with the slot's lock held.
 
         Raises BadInput, Refused or AlreadyThere; whatever a set-up without a baseline made is then undone.
@@ -120,7 +124,7 @@ class Setup:
         try:
             if not self._journal.setup:
                 self._begin(self._journal)
-            return self._loop(self._journal, proposer, screen, stop, progress)
+            return self._loop(self._journal, proposer, screen, stop, progress, link or Alone())
         except BaseException:
             self.undo_without_baseline()
             raise
@@ -155,7 +159,15 @@ class Setup:
             **{name: value for name, value in asdict(self.machine).items() if name != "name"},
         )
 
-    def _loop(self, journal: Journal, proposer: Proposer, screen: Screen, stop: threading.Event, progress: Bar) -> Loop:
+    def _loop(
+        self,
+        journal: Journal,
+        proposer: Proposer,
+        screen: Screen,
+        stop: threading.Event,
+        progress: Bar,
+        link: Link,
+    ) -> Loop:
         task, workspace = self.campaign.task, self.workspace
         for key, value in _measured_by(task).items():
             if journal.setup["task"][key] != value:
@@ -180,8 +192,9 @@ class Setup:
             task.memory_limit_gb or DEFAULT_MEMORY_SHARE * psutil.virtual_memory().total / 2**30,
             {"SWARM_WORKTREE": str(workspace.root), **environment},
             expected,
+            self._inherit,
         )
-        return Loop(task, workspace, journal, proposer, limits, self.state, screen, stop)
+        return Loop(task, workspace, journal, proposer, limits, self.state, screen, stop, link)
 
     def _prepare(self, journal: Journal, progress: Bar) -> tuple[Expected | None, dict[str, str]]:
         """Makes or checks the data of the task's profile: what runs must be measured with, and what they are told."""

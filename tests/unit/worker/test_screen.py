@@ -66,7 +66,7 @@ def test_a_constant_best_is_a_row_of_its_starting_block(sign: int, block: str) -
 
 def plain() -> tuple[TerminalScreen, io.StringIO]:
     out = io.StringIO()
-    return TerminalScreen(Console(file=out, width=60, force_terminal=False), TASK), out
+    return TerminalScreen(Console(file=out, width=60, force_terminal=False), TASK.sign), out
 
 
 def test_a_verdict_is_one_line_with_number_score_status_description_and_reason() -> None:
@@ -147,7 +147,7 @@ def test_escapes_and_line_ends_in_a_note_come_out_inert(text: str) -> None:
 
 def test_on_a_terminal_the_run_in_progress_and_the_staircase_are_shown() -> None:
     out = io.StringIO()
-    with TerminalScreen(Console(file=out, width=100, force_terminal=True), TASK) as screen:
+    with TerminalScreen(Console(file=out, width=100, force_terminal=True), TASK.sign) as screen:
         screen.decided(experiment(1.0, number=0), replace(STANDING, best=1.0))
         screen.decided(experiment(0.99, number=1), STANDING)
         screen.started(experiment(number=2, description="[red]LR\x1b[2J 0.5 -> 0.1"))

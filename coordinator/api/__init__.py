@@ -1,0 +1,1 @@
+"""Routes: thin. Each module makes one router from the service that it is given."""

@@ -1,0 +1,87 @@
+"""Leases and tokens, for administrators; data and events for members."""
+
+from __future__ import annotations
+
+from typing import Annotated
+from uuid import UUID
+
+from fastapi import APIRouter, Header, Query
+from fastapi.responses import FileResponse, Response
+from starlette.types import Receive, Scope, Send
+
+from shared import wire
+from shared.wire import LeaseState
+
+from ..service import Service
+from ..store import NotFound
+from ..stream import LISTENERS, Stream
+from ..writer import StorageUnavailable
+from .access import Gate
+
+
+class _Feed(Response):
+    """A response that is the event stream."""
+
+    def __init__(self, stream: Stream, after: int, kinds: frozenset[str]) -> None:
+        super().__init__(media_type="text/event-stream")
+        self._stream, self._after, self._kinds = stream, after, kinds
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self._stream.serve(scope, receive, send, self._after, self._kinds)
+
+
+def router(service: Service, gate: Gate) -> APIRouter:
+    routes = APIRouter()
+    store = service.store
+
+    @routes.get("/events", tags=["looking"], dependencies=[gate.look], response_class=_Feed)
+    async def events(
+        last_event_id: Annotated[str | None, Header()] = None,
+        after: Annotated[int | None, Query(ge=0)] = None,
+        kind: Annotated[list[str], Query()] = [],  # noqa: B006  # FastAPI copies it
+    ) -> Response:
+        """Server-sent events from now on; with Last-Event-ID (or `after`), from the first one missed."""
+        if service.stream.listeners >= LISTENERS:
+            raise StorageUnavailable(f"{LISTENERS} listeners are the most; try again later")
+        start = store.writer.last_event if after is None else after
+        if last_event_id is not None and last_event_id.isdigit():
+            start = int(last_event_id)
+        return _Feed(service.stream, min(start, store.writer.last_event), frozenset(kind))
+
+    @routes.get("/leases", tags=["leases"], dependencies=[gate.look])
+    def leases(state: LeaseState | None = None) -> list[wire.LeaseView]:
+        return store.leases(state)
+
+    @routes.post("/leases", tags=["leases"], status_code=201, dependencies=[gate.admin])
+    def queue(order: wire.LeaseOrder) -> dict[str, UUID]:
+        """Queues a confirmation, replay or promotion."""
+        return {"id": store.queue_lease(order)}
+
+    @routes.delete("/leases/{lease}", tags=["leases"], status_code=204, dependencies=[gate.admin])
+    def cancel(lease: UUID) -> None:
+        """Takes it back; a report that still comes is stored and closes nothing."""
+        store.cancel_lease(lease)
+        service.presence.closed(lease)
+
+    @routes.get("/tokens", tags=["tokens"], dependencies=[gate.admin])
+    def tokens() -> list[wire.TokenView]:
+        return service.tokens.all()
+
+    @routes.post("/tokens", tags=["tokens"], status_code=201, dependencies=[gate.admin])
+    def make_token(order: wire.TokenOrder) -> wire.TokenMade:
+        """The token is shown in this answer, and never again."""
+        return service.tokens.make(order)
+
+    @routes.delete("/tokens/{token}", tags=["tokens"], status_code=204, dependencies=[gate.admin])
+    def revoke(token: int) -> None:
+        service.tokens.revoke(token)
+
+    @routes.get("/data/{name:path}", tags=["data"], dependencies=[gate.look], response_class=FileResponse)
+    def data(name: str) -> FileResponse:
+        """The campaign's tokenizer, validation rows and shards; ranges are answered, so a download can go on."""
+        path = service.files.paths.get(name)
+        if path is None:
+            raise NotFound(f"no data {name!r} is served; there are: {', '.join(service.files.paths) or 'none'}")
+        return FileResponse(path, media_type="application/octet-stream")
+
+    return routes

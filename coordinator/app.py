@@ -1,0 +1,154 @@
+"""create_app: the coordinator as an ASGI application. Importing this starts nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from shared.errors import BadInput, Refused, SwarmError
+from shared.wire import API, Problem
+
+from .api import admin, experiments, health, machines
+from .api.access import Gate
+from .api.machines import TooLarge
+from .auth import Forbidden, Unauthorized
+from .reaper import reap
+from .service import VERSION, Service
+from .store import Conflict, NotFound
+from .writer import StorageUnavailable
+
+#: What a failure is to HTTP: status, title, whether the same request may succeed later. The first that fits counts.
+_PROBLEMS: tuple[tuple[type[SwarmError], int, str, bool], ...] = (
+    (Unauthorized, 401, "Token needed", False),
+    (Forbidden, 403, "Not allowed", False),
+    (NotFound, 404, "Not found", False),
+    (Conflict, 409, "Conflict", False),
+    (TooLarge, 413, "Too large", False),
+    (StorageUnavailable, 503, "Storage unavailable", True),
+    (BadInput, 422, "Not acceptable", False),
+    (Refused, 409, "Refused", False),
+)
+RETRY_AFTER_S = 5
+
+
+def create_app(service: Service, *, loopback: bool = True) -> ASGIApp:
+    """`loopback`: only this computer can connect; then, without tokens, only requests to its own name are answered."""
+    api = FastAPI(
+        title="Ratchet swarm coordinator",
+        version=VERSION,
+        description="Every machine's branch, one result database, one leaderboard.",
+        lifespan=_lifespan(service),
+        openapi_url=f"{API}/openapi.json",
+        docs_url=f"{API}/docs",
+        redoc_url=None,
+    )
+    gate = Gate(service)
+    for module in (machines, experiments, admin):
+        api.include_router(module.router(service, gate), prefix=API)
+    api.include_router(health.router(service, gate))
+    _problems(api)
+    return Front(service, api, loopback=loopback)
+
+
+def _lifespan(service: Service) -> Any:
+    @contextlib.asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        service.stream.attach(asyncio.get_running_loop())
+        reaper = asyncio.create_task(reap(service))
+        try:
+            yield
+        finally:
+            reaper.cancel()
+            service.stream.attach(None)
+            service.stream.wake()
+
+    return lifespan
+
+
+def _problems(api: FastAPI) -> None:
+    """Every error as RFC 9457 problem details."""
+
+    @api.exception_handler(SwarmError)
+    async def ours(_: Request, error: SwarmError) -> JSONResponse:
+        for kind, status, title, retry in _PROBLEMS:
+            if isinstance(error, kind):
+                return problem(status, title, str(error), retry, getattr(error, "kind", "about:blank"))
+        return problem(500, "Failed", str(error), False)
+
+    @api.exception_handler(RequestValidationError)
+    async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        return problem(422, "Not acceptable", f"{where}: {first['msg']}", False)
+
+    @api.exception_handler(HTTPException)
+    async def http(_: Request, error: HTTPException) -> JSONResponse:
+        return problem(error.status_code, str(error.detail), str(error.detail), False)
+
+    @api.exception_handler(Exception)
+    async def bug(_: Request, error: Exception) -> JSONResponse:
+        return problem(500, "Our fault", f"{type(error).__name__}; the coordinator's log says more", False)
+
+
+def problem(status: int, title: str, detail: str, retry: bool, kind: str = "about:blank") -> JSONResponse:
+    headers = {"WWW-Authenticate": 'Basic realm="swarm"'} if status == 401 else {}
+    if retry:
+        headers["Retry-After"] = str(RETRY_AFTER_S)
+    body = Problem(type=kind, title=title, status=status, detail=detail, retry=retry).model_dump()
+    return JSONResponse(body, status, headers, media_type="application/problem+json")
+
+
+class Front:
+    """What every request meets first: the hub beside the API, a limit on bodies, and whom we listen to at all."""
+
+    def __init__(self, service: Service, api: ASGIApp, *, loopback: bool) -> None:
+        self._service, self._api, self._loopback = service, api, loopback
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._api(scope, receive, send)
+            return
+        headers = dict(scope["headers"])
+        if self._loopback and not self._service.tokens.needed and not _is_local(headers.get(b"host", b"")):
+            # A page on another site may have pointed its own name at 127.0.0.1 to reach us through a browser.
+            refusal = problem(403, "Not allowed", "without tokens only localhost and 127.0.0.1 are answered", False)
+            await refusal(scope, receive, send)
+        elif scope["path"].startswith("/git/"):
+            await self._service.hub(
+                {**scope, "path": scope["path"].removeprefix("/git"), "root_path": "/git"}, receive, send
+            )
+        else:
+            limit = self._service.settings.limits.report_bytes
+            if int(headers.get(b"content-length", b"0") or 0) > limit:
+                refusal = problem(413, "Too large", f"a request has {limit} bytes at most", False)
+                await refusal(scope, receive, send)
+            else:
+                await self._api(scope, _limited(receive, limit), send)
+
+
+def _is_local(host: bytes) -> bool:
+    name = host.decode("latin-1").rpartition(":")[0] if host[-1:].isdigit() and b":" in host else host.decode("latin-1")
+    return name.strip("[]").lower() in ("localhost", "127.0.0.1", "::1", "testserver")
+
+
+def _limited(receive: Receive, limit: int) -> Receive:
+    """For bodies that did not say how long they are."""
+    seen = 0
+
+    async def inner() -> Message:
+        nonlocal seen
+        message = await receive()
+        seen += len(message.get("body", b""))
+        if seen > limit:
+            raise HTTPException(413, f"a request has {limit} bytes at most")
+        return message
+
+    return inner

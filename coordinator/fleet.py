@@ -1,0 +1,475 @@
+"""Workers on every accelerator of a Ray cluster: placed, kept and stopped. The only file that imports ray.
+
+    Reconciler  one detached actor on the head: every 10 s an Agent for each new node, none for dead ones
+      Agent     one detached actor per node: reserves its accelerators, and keeps a worker on each (supervisor.py)
+
+Invariants: at most one worker per slot, whoever dies in between: workers outlive a killed agent, and its successor
+adopts them. Every call to an actor has a timeout. Nothing here carries experiments: health and results go over HTTP.
+NOT covered: accelerators other than CUDA devices and `mlx`; workers on a computer whose node died while it lives on
+(they research on; a node that joins again adopts them); `ray://` addresses; a driver that loses the head in the middle
+of a call (Ray ends it after 60 s).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import logging
+import os
+import secrets
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from shared.errors import BadInput, Refused, SwarmError
+from worker.machine import slug
+from worker.slot import born
+
+from .supervisor import State, Supervisor, Worker
+
+NAMESPACE = "swarm"
+RECONCILER = "reconciler"
+HOST_LABEL = "swarm-host"  #: a node's host name, where its computer's does not do (several nodes on one computer)
+RECONCILE_S = 10.0
+ANSWER_S = 10.0  #: for an actor to answer; a node that was killed is known as dead only after 12.5 s (measured)
+# ray.kill() and an exiting actor would SIGKILL all children otherwise (measured), and with them undrained workers.
+OUTLIVE = {"env_vars": {"RAY_kill_child_processes_on_worker_exit": "0"}}
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `swarm up` was asked for. Kept by the reconciler."""
+
+    coordinator: str
+    token: str | None = field(default=None, repr=False)  #: reaches workers by environment only
+    home: Path | None = None  #: on every node; None: SWARM_HOME there, else ~/.swarm
+    slots: int | None = None  #: on nodes without accelerator; None: these get no worker
+    cpus: float = 0.0  #: reserved in Ray for each such slot
+    accelerators: int | None = None  #: asked of the autoscaler
+    drain_s: float = 30.0  #: from SIGTERM to SIGKILL
+    command: tuple[str, ...] = ("{python}", "-m", "coordinator.cli", "worker", "{url}", "--name", "{name}")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where an agent goes, and what it reserves there."""
+
+    node: str
+    host: str
+    address: str
+    names: tuple[str, ...]  #: of its machines, one per slot
+    reserve: Mapping[str, Any]  #: Ray's actor options
+
+
+@dataclass(frozen=True)
+class Node:
+    id: str
+    host: str
+    address: str
+    alive: bool
+    agent: int | None  #: the agent's process id
+    workers: tuple[Worker, ...]
+    note: str = ""
+
+    @property
+    def settled(self) -> bool:
+        """Nothing here is about to start."""
+        busy = (State.STARTING, State.WAITING)
+        return self.agent is not None and not any(worker.state in busy for worker in self.workers)
+
+
+def place(node: Mapping[str, Any], plan: Plan) -> Place | None:
+    """The agent for one of ray.nodes(); None where it has no slot."""
+    resources, labels = node["Resources"], node.get("Labels") or {}
+    host = slug(labels.get(HOST_LABEL) or node["NodeManagerHostname"].partition(".")[0])
+    gpus, mlx = int(resources.get("GPU", 0)), int(resources.get("mlx", 0))
+    count = plan.slots or 0
+    reserve: dict[str, Any] = {"num_cpus": plan.cpus * count}
+    if gpus:
+        count, reserve = gpus, {"num_cpus": 0, "num_gpus": gpus}
+    elif mlx:
+        count, reserve = mlx, {"num_cpus": 0, "resources": {"mlx": mlx}}
+    if not count:
+        return None
+    names = (host,) if count == 1 else tuple(f"{host}-{number}" for number in range(count))
+    return Place(node["NodeID"], host, node["NodeManagerAddress"], names, reserve)
+
+
+class Agent:
+    """One node's workers. Its methods answer at once, but hold() and stop(), which drain."""
+
+    def __init__(self, plan: Plan, here: Place) -> None:
+        gpus = _ray().get_runtime_context().get_accelerator_ids().get("GPU", [])
+        devices = {name: (gpus[number],) if gpus else () for number, name in enumerate(here.names)}
+        values = {"python": sys.executable, "url": plan.coordinator}
+        home = (plan.home or Path(os.environ.get("SWARM_HOME") or "~/.swarm")).expanduser()
+        environment = {**_environment_of_node(), "SWARM_NODE": here.node}
+        if plan.token is not None:
+            environment["SWARM_TOKEN"] = plan.token
+        self._here = here
+        self._supervisor = Supervisor(
+            home,
+            devices,
+            lambda name: [_filled(word, {**values, "name": name}) for word in plan.command],
+            environment,
+            self._foreign,
+            plan.drain_s,
+        )
+        threading.Thread(target=self._supervisor.look_for_ever, daemon=True).start()
+
+    def status(self) -> Node:
+        here = self._here
+        workers, note = self._supervisor.status()
+        return Node(here.node, here.host, here.address, True, os.getpid(), workers, note)
+
+    def hold(self, count: int) -> list[str]:
+        return self._supervisor.hold(count)
+
+    def release(self) -> None:
+        self._supervisor.release()
+
+    def stop(self) -> None:
+        self._supervisor.stop()
+
+    def _foreign(self, worker: psutil.Process) -> str | None:
+        """None for a worker of this node's agent, or of a node that is gone: this computer's before it joined again."""
+        try:
+            node = worker.environ().get("SWARM_NODE")
+        except psutil.Error:
+            return "it cannot be looked at"
+        if node is None:
+            return "it was not started by `swarm up`"
+        if node != self._here.node and any(other["NodeID"] == node and other["Alive"] for other in _ray().nodes()):
+            return f"another node here has the same host name; start each with --labels {HOST_LABEL}=NAME"
+        return None
+
+
+def _filled(word: str, values: Mapping[str, str]) -> str:
+    for name, value in values.items():
+        word = word.replace(f"{{{name}}}", value)
+    return word
+
+
+def _environment_of_node() -> dict[str, str]:
+    """What the node was started with: the raylet's environment, not an actor's, where Ray sets OMP_NUM_THREADS=1.
+
+    Without Ray's own variables: agents' code has no business with the cluster's token.
+    """
+    try:
+        environment = psutil.Process(os.getppid()).environ()
+    except psutil.Error:
+        environment = dict(os.environ)
+    return {name: value for name, value in environment.items() if not name.startswith("RAY_")}
+
+
+class Reconciler:
+    """Keeps an agent on every node with slots."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        threading.Thread(target=self._reconcile_for_ever, daemon=True).start()
+
+    def plan(self) -> Plan:
+        return self._plan
+
+    def _reconcile_for_ever(self) -> None:
+        while True:
+            try:
+                _reconcile(_ray(), self._plan)
+            except Exception as problem:  # the head may be busy; the next round does it
+                print(f"{type(problem).__name__}: {problem}", flush=True)
+            time.sleep(RECONCILE_S)
+
+
+def _reconcile(ray: Any, plan: Plan) -> None:
+    alive = {node["NodeID"]: node for node in ray.nodes() if node["Alive"]}
+    agents = _agents(ray)
+    for node, agent in agents.items():
+        if node not in alive:  # it would wait for its node for ever
+            print(f"agent of node {node[:8]} removed: the node is dead", flush=True)
+            ray.kill(agent, no_restart=True)
+    for node in alive.keys() - agents.keys():
+        if here := place(alive[node], plan):
+            print(f"agent for {here.host}, node {node[:8]}: {len(here.names)} slots", flush=True)
+            _detached(ray, Agent, f"agent-{node}", label_selector={"ray.io/node-id": node}, **here.reserve).remote(
+                plan, here
+            )
+
+
+def _detached(ray: Any, actor: type, name: str, **options: Any) -> Any:
+    return ray.remote(actor).options(
+        name=name,
+        namespace=NAMESPACE,
+        lifetime="detached",
+        get_if_exists=True,
+        max_restarts=-1,
+        max_concurrency=8,  # so that status() answers while stop() drains
+        runtime_env=OUTLIVE,
+        **options,
+    )
+
+
+def _agents(ray: Any) -> dict[str, Any]:
+    """Node id -> its agent, whether it answers or not."""
+    names = [actor["name"] for actor in ray.util.list_named_actors(all_namespaces=True)]
+    found = ((name.removeprefix("agent-"), _actor(ray, name)) for name in names if name.startswith("agent-"))
+    return {node: actor for node, actor in found if actor is not None}
+
+
+def _actor(ray: Any, name: str) -> Any:
+    try:
+        return ray.get_actor(name, namespace=NAMESPACE)
+    except ValueError:
+        return None
+
+
+def _answers(ray: Any, calls: Mapping[str, Any], timeout: float) -> dict[str, Any]:
+    """What came back in time; calls to dead, pending or hanging actors are left out."""
+    done, _ = ray.wait(list(calls.values()), num_returns=len(calls), timeout=timeout) if calls else ([], [])
+    answers = {}
+    for node, call in calls.items():
+        if call in done:
+            with contextlib.suppress(ray.exceptions.RayError):
+                answers[node] = ray.get(call, timeout=1)
+    return answers
+
+
+def _ray() -> Any:
+    try:
+        import ray
+    except ImportError:
+        raise BadInput("ray is not installed: pip install 'ratchet-swarm[ray]'") from None
+    return ray
+
+
+def connect(address: str | None, *, home: Path, start_local: bool = False) -> None:
+    """Joins the cluster at `address`, of RAY_ADDRESS, that swarm started under `home`, or found on this computer.
+
+    With `start_local` and none of them: starts a Ray on this computer alone, which lives until down(). The token of a
+    cluster that is not ours is Ray's business (RAY_AUTH_TOKEN_PATH, RAY_AUTH_TOKEN or ~/.ray/auth_token).
+    """
+    address = address or os.environ.get("RAY_ADDRESS")
+    if address and address.startswith("ray://"):
+        raise BadInput(f"{address}: run this on a node of the cluster, or give its GCS address HOST:6379")
+    if not address and (head := _head(home)):
+        address = head[1]
+        _use_token(home)
+    where = address or "this computer"
+    if address and address not in ("auto", "local"):  # ray.init() tries for a minute
+        host, _, port = address.rpartition(":")
+        try:
+            socket.create_connection((host, int(port)), timeout=5).close()
+        except (OSError, ValueError) as problem:
+            raise BadInput(f"no Ray cluster at {address}: {problem}") from None
+    try:
+        _init(address or "auto")
+    except ConnectionError as problem:
+        if address or not start_local:
+            raise BadInput(f"no Ray cluster at {where}: {str(problem).splitlines()[0]}") from None
+        _use_token(home)
+        _init(_start_head(home))
+
+
+def _init(address: str) -> None:
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    ray = _ray()
+    ray._private.worker._worker_logs_enabled = False  # else a dead raylet's last 20 lines go to stdout (measured)
+    try:
+        ray.init(address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
+    except (RuntimeError, ray.exceptions.RayError) as problem:
+        raise BadInput(f"Ray at {address}: {str(problem).strip().splitlines()[0]}") from None
+
+
+def _use_token(home: Path) -> None:
+    """Every Ray process that starts from here asks for the token. To be called before ray is imported: it looks once.
+
+    Without these variables a later `ray start` may take up a token that others do not know (measured).
+    """
+    if "RAY_AUTH_MODE" in os.environ:
+        return
+    path = home / "ray" / "token"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with (
+        contextlib.suppress(FileExistsError),
+        os.fdopen(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w") as file,
+    ):
+        file.write(secrets.token_hex(32))
+    os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=str(path))
+
+
+def _head(home: Path) -> tuple[psutil.Process, str] | None:
+    """The Ray that swarm started on this computer, if it lives, and its address."""
+    try:
+        said = json.loads((home / "ray" / "head.json").read_text())
+        process = psutil.Process(said["pid"])
+        return (process, said["address"]) if born(process) == said["born"] else None
+    except (OSError, ValueError, KeyError, psutil.Error):
+        return None
+
+
+def _start_head(home: Path) -> str:
+    """`ray start --block` in a session of its own: one process whose descendants are all that it started."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    options = ["--node-ip-address=127.0.0.1", f"--port={address.rpartition(':')[2]}", "--include-dashboard=false"]
+    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats"]
+    with (home / "ray" / "head.log").open("ab") as log:
+        process = psutil.Popen(
+            [*command, *options], stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+        )
+    said = {"pid": process.pid, "born": born(process), "address": address}
+    (home / "ray" / "head.json").write_text(json.dumps(said))
+    until = time.monotonic() + 60
+    while time.monotonic() < until and process.poll() is None:
+        if "will now block" in (home / "ray" / "head.log").read_text(errors="replace"):
+            return address
+        time.sleep(0.2)
+    _stop_head(home)
+    raise SwarmError(f"Ray did not start on this computer; see {home}/ray/head.log")
+
+
+def _stop_head(home: Path) -> None:
+    if head := _head(home):
+        family = [head[0], *head[0].children(recursive=True)]
+        head[0].terminate()
+        _, alive = psutil.wait_procs(family, timeout=15)
+        for process in alive:
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+        psutil.wait_procs(alive, timeout=5)
+    for name in ("head.json", "head.log"):
+        (home / "ray" / name).unlink(missing_ok=True)
+
+
+def up(plan: Plan, progress: Progress, wait_s: float = 120.0) -> list[Node]:
+    """Starts the reconciler and waits until the present nodes have settled, `wait_s` at most. Again: no harm.
+
+    Raises Refused while the swarm runs with another plan.
+    """
+    ray = _ray()
+    reserve = {"num_cpus": 0, "resources": {"node:__internal_head__": 0.001}}
+    reconciler = _detached(ray, Reconciler, RECONCILER, **reserve).remote(plan)
+    known = _answers(ray, {"": reconciler.plan.remote()}, 60).get("")
+    if known is None:
+        raise SwarmError("the reconciler does not start; see `ray list actors` on the head node")
+    if differ := [f.name for f in dataclasses.fields(Plan) if getattr(known, f.name) != getattr(plan, f.name)]:
+        raise Refused(f"the swarm runs for {known.coordinator} with another {', '.join(differ)}; `swarm down` first")
+    if plan.accelerators is not None:
+        _request(plan.accelerators)
+    until, told = time.monotonic() + wait_s, dict[str, str]()
+    while True:
+        nodes = status()
+        for node in nodes:
+            for name, line in {node.host: node.note, **{w.name: f"{w.state} {w.note}" for w in node.workers}}.items():
+                if line and told.get(name) != line:
+                    told[name] = line
+                    progress(f"{name}: {line.strip()}")
+        if all(node.settled for node in nodes) or time.monotonic() > until:
+            return nodes
+        time.sleep(0.5)
+
+
+def status() -> list[Node]:
+    """Every node that has slots or an agent, by host; empty when the swarm is down."""
+    ray = _ray()
+    reconciler = _actor(ray, RECONCILER)
+    plan = _answers(ray, {"": reconciler.plan.remote()}, ANSWER_S).get("") if reconciler else None
+    agents = _agents(ray)
+    answers = _answers(ray, {node: agent.status.remote() for node, agent in agents.items()}, ANSWER_S)
+    nodes: list[Node] = []
+    for node in ray.nodes():
+        id, alive = node["NodeID"], node["Alive"]
+        if id in answers:
+            nodes.append(answers[id])
+        elif id in agents or (alive and plan and place(node, plan)):
+            waits = (
+                "its agent is starting, or waits for accelerators that others use" if id in agents else "no agent yet"
+            )
+            here = place(node, plan) if plan and alive else None
+            host = here.host if here else slug(node["NodeManagerHostname"].partition(".")[0])
+            nodes.append(Node(id, host, node["NodeManagerAddress"], alive, None, (), waits if alive else "dead"))
+    return sorted(nodes, key=lambda node: (node.host, node.id))
+
+
+def down(progress: Progress, home: Path | None = None) -> None:
+    """Drains and removes all agents, then stops the Ray that swarm started under `home`, if any. Again: no harm.
+
+    All nodes at once, in three rounds at most; a node without an answer is given up after 30 s and named.
+    """
+    ray = _ray()
+    drain_s = Plan("").drain_s
+    if reconciler := _actor(ray, RECONCILER):  # first, or it makes agents anew
+        if plan := _answers(ray, {"": reconciler.plan.remote()}, ANSWER_S).get(""):
+            drain_s = plan.drain_s
+            if plan.accelerators is not None:
+                _request(0)
+        ray.kill(reconciler, no_restart=True)
+    for last in (False, False, True):
+        alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+        agents = _agents(ray)
+        asked = {node: agent.status.remote() for node, agent in agents.items() if node in alive}
+        hosts = {node: answer.host for node, answer in _answers(ray, asked, ANSWER_S).items()}
+        stopped = _answers(ray, {node: agents[node].stop.remote() for node in hosts}, drain_s + 20)
+        for node in agents:
+            if node in stopped or node not in alive or last:
+                ray.kill(agents[node], no_restart=True)
+                why = "stopped" if node in stopped else "does not answer; its workers may run on"
+                progress(f"{hosts.get(node, f'node {node[:8]}')}: {why}")
+        until = time.monotonic() + 3  # a kill takes effect a little later
+        while time.monotonic() < until and (_agents(ray) or _actor(ray, RECONCILER)):
+            time.sleep(0.1)
+        if not _agents(ray):
+            break
+    if home and _head(home):
+        ray.shutdown()
+        _stop_head(home)
+
+
+def _request(accelerators: int) -> None:
+    """Asks the cluster's autoscaler for so many accelerators at least; 0 takes the wish back."""
+    _ray()
+    from ray.autoscaler.sdk import request_resources
+
+    request_resources(bundles=[{"GPU": 1}] * accelerators)
+
+
+@contextmanager
+def local(hosts: Iterable[str], **resources: float) -> Iterator[Any]:
+    """A Ray of this process with one logical node per host name, all on this computer; all gone afterwards.
+
+    Yields Ray's Cluster: `add_node(labels={HOST_LABEL: name}, **resources)` lets one more host join. Once per process:
+    Ray reads its token only once.
+    """
+    with tempfile.TemporaryDirectory(prefix="swarm") as folder:  # short: sockets' paths have 107 bytes at most
+        os.environ.update(RAY_TMPDIR=folder, RAY_USAGE_STATS_ENABLED="0")
+        _use_token(Path(folder))
+        ray = _ray()
+        from ray.cluster_utils import Cluster
+
+        cluster: Any = Cluster(shutdown_at_exit=True)
+        try:
+            for number, host in enumerate(hosts):
+                only_head = {} if number else {"include_dashboard": False}
+                cluster.add_node(labels={HOST_LABEL: host}, **only_head, **resources)
+            _init(cluster.address)
+            try:
+                yield cluster
+            finally:
+                down(lambda _: None)
+        finally:
+            ray.shutdown()
+            cluster.shutdown()

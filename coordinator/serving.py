@@ -1,0 +1,184 @@
+"""`swarm serve DIR`: one coordinator process over one campaign."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import fcntl
+import ipaddress
+import os
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from shared import git
+from shared.errors import BadInput, Refused
+from shared.prepare.constants import PROFILES
+from shared.prepare.data import EMBEDDED, Folder
+from shared.prepare.download import CLIMBMIX
+from shared.prepare.packing import data_folder, tokenizer_folder
+from shared.prepare.run_environment import cache_root
+from shared.wire import DataInfo
+from worker.campaign import Campaign
+from worker.machine import slug
+from worker.preparing import prepare
+from worker.setup import Bar
+
+from .app import create_app
+from .service import NO_FILES, Files, Service
+from .settings import STATE, Limits, Settings, sqlite_url
+from .store import open_engine
+
+PORT = 8420
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where to listen."""
+
+    host: str = "127.0.0.1"
+    port: int = PORT
+    tls_cert: Path | None = None
+    tls_key: Path | None = None
+
+    @property
+    def loopback(self) -> bool:
+        if self.host == "localhost":
+            return True
+        with contextlib.suppress(ValueError):
+            return ipaddress.ip_address(self.host).is_loopback
+        return False
+
+    def url(self, port: int) -> str:
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{'https' if self.tls_cert else 'http'}://{host}:{port}"
+
+
+def settings_of(campaign: Campaign, database: str | None, limits: Limits | None = None) -> Settings:
+    state = campaign.root / STATE
+    return Settings(state, database or sqlite_url(state), slug(campaign.task.name), limits=limits or Limits())
+
+
+@contextmanager
+def only_one(settings: Settings) -> Iterator[None]:
+    """One coordinator for a campaign, and one for a database. Raises Refused."""
+    settings.state.mkdir(parents=True, exist_ok=True)
+    with (settings.state / "lock").open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise Refused(f"{settings.state}: coordinator {file.read().strip() or '?'} is running here") from None
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        with _database_lock(settings.database):
+            yield
+
+
+@contextmanager
+def _database_lock(url: str) -> Iterator[None]:
+    """PostgreSQL may be shared by computers, so the lock lies there as well."""
+    if not url.startswith("postgres"):
+        yield
+        return
+    engine = open_engine(url)
+    try:
+        with engine.connect() as connection:
+            if not connection.exec_driver_sql("SELECT pg_try_advisory_lock(8420)").scalar():
+                raise Refused("another coordinator works on this database; stop it, or give this one its own (--db)")
+            yield
+    finally:
+        engine.dispose()
+
+
+def served_files(campaign: Campaign, progress: Bar) -> Files:
+    """Prepares the campaign's data here, so that its digest is known and every machine can get the same."""
+    task = campaign.task
+    if task.profile is None:
+        return NO_FILES
+    made = prepare(campaign.folder, task, task.profile, progress)
+    cache, profile = cache_root(os.environ), PROFILES[task.profile]
+    tokenizer = tokenizer_folder(cache, task.data, profile.vocab_size)
+    paths = {f"tokenizer/{name}": tokenizer / name for name in ("ranks.json", "shards.json")}
+    paths |= {f"rows/{name}": Path(made.rows) / name for name in ("val.bin", "manifest.json")}
+    shards: tuple[Path, ...] = ()
+    if task.data not in (EMBEDDED, CLIMBMIX):
+        folder = Folder.open(data_folder(cache, task.data, profile))
+        shards = (*folder.train[: task.train_shards or profile.train_shards], folder.validation)
+        paths |= {f"shards/{shard.name}": shard for shard in shards}
+    info = DataInfo(name=task.data, served=tuple(shard.name for shard in shards), tokenizer=True)
+    return Files(info, paths, made.digest)
+
+
+def serve(
+    campaign: Campaign,
+    address: Address,
+    settings: Settings,
+    progress: Bar,
+    ready: Callable[[str], None],
+    warn: Callable[[str], None],
+) -> None:
+    """Until SIGINT or SIGTERM. `ready` gets the service's address. Raises Refused or BadInput."""
+    import uvicorn
+
+    base = git.Repo(campaign.root).resolve("HEAD")
+    if base is None:
+        raise BadInput(f"{campaign.root}: no commit yet; commit the task's files first")
+    if bool(address.tls_cert) != bool(address.tls_key):
+        raise BadInput("--tls-cert and --tls-key belong together; give both")
+    for option, file in (("--tls-cert", address.tls_cert), ("--tls-key", address.tls_key)):
+        if file is not None and not file.is_file():
+            raise BadInput(f"{option} {file}: no such file")
+    with only_one(settings):
+        service = Service(campaign, _tag(), base, settings, served_files(campaign, progress))
+        try:
+            if not address.loopback:
+                if not service.tokens.needed:
+                    raise Refused(
+                        f"--host {address.host}: other computers could connect, and there is no token yet; make them "
+                        "first: `swarm token create --role admin` and `--role join`"
+                    )
+                if not address.tls_cert:
+                    warn("tokens and results travel unencrypted; --tls-cert and --tls-key change that")
+            with _socket(address) as listener:
+                url = address.url(listener.getsockname()[1])
+                config = uvicorn.Config(
+                    create_app(service, loopback=address.loopback),
+                    loop="uvloop",
+                    http="httptools",
+                    ws="none",
+                    log_level="warning",
+                    access_log=False,
+                    server_header=False,
+                    timeout_graceful_shutdown=3,
+                    timeout_keep_alive=75,
+                    backlog=2048,
+                    ssl_certfile=address.tls_cert,
+                    ssl_keyfile=address.tls_key,
+                )
+                ready(url)
+                uvicorn.Server(config).run(sockets=[listener])
+        finally:
+            service.close()
+
+
+def _tag() -> str:
+    """For a new campaign: the day, as the reference's tags are."""
+    return datetime.date.today().strftime("%b%d").lower()
+
+
+def _socket(address: Address) -> socket.socket:
+    family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((address.host, address.port))
+    except OSError as error:
+        listener.close()
+        words = error.strerror or str(error)
+        raise BadInput(f"--host {address.host} --port {address.port}: {words}; take another --port") from None
+    listener.set_inheritable(False)
+    return listener

@@ -1,0 +1,154 @@
+"""The one thread that writes. Jobs that wait are committed together.
+
+With a single writer, events get their positions in commit order on every database, SQLite never meets a lock, and one
+fsync serves all that waited for the last one. A job is a function of a Transaction; it either happens whole, or raises
+to its caller and leaves nothing. NOT covered: a second process writing to the same tables; the coordinator's lock
+keeps one from starting.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from sqlalchemy import Connection, Engine, insert
+from sqlalchemy.exc import InterfaceError, InternalError, OperationalError
+
+from shared.errors import SwarmError
+from shared.wire import Event
+
+from . import tables
+
+BATCH = 64  #: jobs committed together at most
+
+T = TypeVar("T")
+_STORAGE = (OperationalError, InterfaceError, InternalError)  #: the database's trouble, not a job's
+
+
+class StorageUnavailable(SwarmError):
+    """The database took nothing (disk full, server away). What was sent may be sent again."""
+
+
+@dataclass
+class Transaction:
+    """One job's writes. What it says happened becomes an event when, and only when, it is committed."""
+
+    connection: Connection
+    next_position: int
+    at: int
+    events: list[Event] = field(default_factory=list)
+
+    def event(self, kind: str, machine: str | None = None, /, **data: Any) -> Event:
+        event = Event(position=self.next_position + len(self.events), kind=kind, at=self.at, machine=machine, data=data)
+        self.events.append(event)
+        return event
+
+
+@dataclass
+class _Job:
+    run: Callable[[Transaction], Any]
+    future: Future[Any] = field(default_factory=Future)
+
+
+class Writer:
+    """Commits jobs in the order they came."""
+
+    def __init__(self, engine: Engine, next_event: int, published: Callable[[list[Event]], None]) -> None:
+        """`published` gets each commit's events, in order, on the writer's thread; it must not block."""
+        self._engine, self._published = engine, published
+        self._next_event = next_event
+        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._closed = False
+        self.fault: str | None = None  #: why the last commit failed; None when it worked
+        self._thread = threading.Thread(target=self._work, name="writer", daemon=True)
+        self._thread.start()
+
+    @property
+    def last_event(self) -> int:
+        """Position of the last event that is committed; 0 before the first."""
+        return self._next_event - 1
+
+    def submit(self, job: Callable[[Transaction], T]) -> Future[T]:
+        """Queues a job. The future raises what the job raised, or StorageUnavailable."""
+        work = _Job(job)
+        with self._lock:
+            if self._closed:
+                raise StorageUnavailable("the coordinator is stopping")
+            self._jobs.put(work)
+        return work.future
+
+    def call(self, job: Callable[[Transaction], T]) -> T:
+        return self.submit(job).result()
+
+    def close(self) -> None:
+        """Commits what waits, then ends."""
+        with self._lock:
+            if not self._closed:
+                self._closed = True
+                self._jobs.put(None)
+        self._thread.join()
+
+    def _work(self) -> None:
+        while True:
+            batch: list[_Job] = []
+            job = self._jobs.get()
+            while job is not None:
+                batch.append(job)
+                if len(batch) == BATCH or self._jobs.empty():
+                    break
+                job = self._jobs.get()
+            if batch:
+                self._commit(batch)
+            if job is None:
+                return
+
+    def _commit(self, batch: list[_Job]) -> None:
+        done: list[tuple[_Job, Any]] = []
+        failed: list[tuple[_Job, Exception]] = []
+        events: list[Event] = []
+        try:
+            with self._engine.begin() as connection:
+                for job in batch:
+                    transaction = Transaction(connection, self._next_event + len(events), int(time.time()))
+                    try:
+                        with connection.begin_nested() if len(batch) > 1 else contextlib.nullcontext():
+                            done.append((job, job.run(transaction)))
+                            self._record(connection, transaction.events)
+                    except _STORAGE:
+                        raise
+                    except Exception as error:
+                        done = [pair for pair in done if pair[0] is not job]
+                        failed.append((job, error))
+                        if len(batch) == 1:
+                            raise
+                    else:
+                        events += transaction.events
+        except _STORAGE as error:
+            self.fault = " ".join(str(error.orig).split())
+            for job in batch:
+                job.future.set_exception(StorageUnavailable(f"the database took nothing: {self.fault}"))
+            return
+        except Exception:
+            if not failed:
+                raise
+        else:
+            self.fault = None
+        self._next_event += len(events)
+        if events:
+            self._published(events)
+        for job, value in done:
+            job.future.set_result(value)
+        for job, problem in failed:
+            job.future.set_exception(problem)
+
+    @staticmethod
+    def _record(connection: Connection, events: list[Event]) -> None:
+        if events:
+            connection.execute(insert(tables.Event), [event.model_dump() for event in events])
