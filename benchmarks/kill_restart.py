@@ -31,7 +31,7 @@ from tests import fast_task  # noqa: E402
 
 
 def swarm(folder: Path, *arguments: str) -> list[str]:
-    return [sys.executable, "-m", "worker.cli", *arguments, "--dir", str(folder)]
+    return [sys.executable, "-m", "coordinator.cli", *arguments, "--dir", str(folder)]
 
 
 def survivors(worktree: Path) -> int:

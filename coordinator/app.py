@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+import socket
+import struct
+from collections.abc import AsyncIterator, Callable
+from http import HTTPStatus
 from typing import Any
+from urllib.parse import urlsplit
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -23,6 +27,7 @@ from .auth import Forbidden, Unauthorized
 from .reaper import reap
 from .service import VERSION, Service
 from .store import Conflict, NotFound
+from .stream import ABORT
 from .writer import StorageUnavailable
 
 #: What a failure is to HTTP: status, title, whether the same request may succeed later. The first that fits counts.
@@ -67,8 +72,7 @@ def _lifespan(service: Service) -> Any:
             yield
         finally:
             reaper.cancel()
-            service.stream.attach(None)
-            service.stream.wake()
+            service.stream.end()
 
     return lifespan
 
@@ -91,7 +95,9 @@ def _problems(api: FastAPI) -> None:
 
     @api.exception_handler(HTTPException)
     async def http(_: Request, error: HTTPException) -> JSONResponse:
-        return problem(error.status_code, str(error.detail), str(error.detail), False)
+        answer = problem(error.status_code, HTTPStatus(error.status_code).phrase, str(error.detail), False)
+        answer.headers.update(error.headers or {})  # Allow, Content-Range
+        return answer
 
     @api.exception_handler(Exception)
     async def bug(_: Request, error: Exception) -> JSONResponse:
@@ -102,7 +108,8 @@ def problem(status: int, title: str, detail: str, retry: bool, kind: str = "abou
     headers = {"WWW-Authenticate": 'Basic realm="swarm"'} if status == 401 else {}
     if retry:
         headers["Retry-After"] = str(RETRY_AFTER_S)
-    body = Problem(type=kind, title=title, status=status, detail=detail, retry=retry).model_dump()
+    words = " ".join(detail.split())  # one line, whatever a library had to say
+    body = Problem(type=kind, title=title, status=status, detail=words, retry=retry).model_dump()
     return JSONResponse(body, status, headers, media_type="application/problem+json")
 
 
@@ -116,9 +123,9 @@ class Front:
         if scope["type"] != "http":
             await self._api(scope, receive, send)
             return
+        scope = {**scope, ABORT: _aborting(send)}
         headers = dict(scope["headers"])
-        if self._loopback and not self._service.tokens.needed and not _is_local(headers.get(b"host", b"")):
-            # A page on another site may have pointed its own name at 127.0.0.1 to reach us through a browser.
+        if self._loopback and not self._service.tokens.needed and not _is_ours(headers):
             refusal = problem(403, "Not allowed", "without tokens only localhost and 127.0.0.1 are answered", False)
             await refusal(scope, receive, send)
         elif scope["path"].startswith("/git/"):
@@ -127,16 +134,45 @@ class Front:
             )
         else:
             limit = self._service.settings.limits.report_bytes
-            if int(headers.get(b"content-length", b"0") or 0) > limit:
+            length = headers.get(b"content-length", b"")
+            if length.isdigit() and int(length[:20]) > limit:
                 refusal = problem(413, "Too large", f"a request has {limit} bytes at most", False)
                 await refusal(scope, receive, send)
             else:
                 await self._api(scope, _limited(receive, limit), send)
 
 
+def _is_ours(headers: dict[bytes, bytes]) -> bool:
+    """A page elsewhere may reach us through a browser: its own name can lead to 127.0.0.1, or it just posts here."""
+    origin = headers.get(b"origin")
+    return _is_local(headers.get(b"host", b"")) and (origin is None or _is_local(origin.partition(b"://")[2]))
+
+
 def _is_local(host: bytes) -> bool:
-    name = host.decode("latin-1").rpartition(":")[0] if host[-1:].isdigit() and b":" in host else host.decode("latin-1")
-    return name.strip("[]").lower() in ("localhost", "127.0.0.1", "::1", "testserver")
+    name = urlsplit(f"//{host.decode('latin-1')}")
+    try:
+        return name.hostname in ("localhost", "127.0.0.1", "::1") and name.username is None
+    except ValueError:
+        return False
+
+
+def _aborting(send: Send) -> Callable[[], None] | None:
+    """What ends a connection at once, where the server under us is uvicorn; a dropped listener needs it (stream.py).
+
+    ASGI has no word for it: whoever returns early makes the server close, and closing waits until the peer has taken
+    what is buffered, which is just what a stalled one does not. With a linger of 0 the kernel forgets it as well.
+    """
+    transport = getattr(getattr(send, "__self__", None), "transport", None)
+    if not isinstance(transport, asyncio.BaseTransport):
+        return None
+
+    def abort() -> None:
+        if (connection := transport.get_extra_info("socket")) is not None:
+            with contextlib.suppress(OSError):
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        transport.abort()  # type: ignore[attr-defined]
+
+    return abort
 
 
 def _limited(receive: Receive, limit: int) -> Receive:

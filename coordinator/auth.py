@@ -1,15 +1,16 @@
 """Tokens: who is calling, and what the role may do.
 
 A token is 256 random bits; only its SHA-256 is stored (a slow hash protects weak secrets, and these are not weak).
-All live tokens are in memory, so that a check costs no query; `swarm token` beside a running coordinator touches a file
-that makes it read them again. On loopback without any token made by a person, whoever can connect is an administrator.
+All tokens' hashes are in memory, so that a check costs no query; `swarm token` beside a running coordinator adds to a
+file, which makes it read them again. On loopback, until a person has made the first token, whoever can connect is an
+administrator; revoking the last one locks everybody out, it does not open the door again.
 """
 
 from __future__ import annotations
 
 import hashlib
 import hmac
-import os
+import math
 import secrets
 import time
 from dataclasses import dataclass
@@ -18,13 +19,14 @@ from typing import Any
 
 from sqlalchemy import Row
 
-from shared.errors import Refused
-from shared.wire import Role, TokenMade, TokenOrder, TokenView
+from shared.errors import BadInput, Refused
+from shared.wire import MachineState, Role, TokenMade, TokenOrder, TokenView
 
 from .store import NotFound, Store
 from .tables import Token
 
-MARKER = "tokens.changed"  #: touched by who changes tokens outside the coordinator's process
+MARKER = "tokens.changed"  #: grows by a byte whenever tokens change, in whatever process
+LONGEST_S = 100 * 365 * 86400.0  #: that a token may be good for
 
 
 class Unauthorized(Refused):
@@ -59,18 +61,25 @@ class Tokens:
     def __init__(self, store: Store, state: Path) -> None:
         self._store, self._marker = store, state / MARKER
         self._live: dict[str, Row[Any]] = {}
-        self._seen = -1.0
+        self._former: dict[str, int] = {}  #: revoked tokens of machines
+        self._needed = False
+        self._seen = (-1, -1)
         self._load()
 
     def _load(self) -> None:
-        self._seen = self._changed()
-        self._live = {row.hash: row for row in self._store.tokens() if row.revoked_at is None}
+        self._seen = self._changed()  # first: a change that comes meanwhile is then seen at the next call
+        rows = self._store.tokens()
+        self._needed = any(row.role != Role.WORKER for row in rows)
+        self._former = {row.hash: row.machine_id for row in rows if row.revoked_at is not None and row.machine_id}
+        self._live = {row.hash: row for row in rows if row.revoked_at is None}
 
-    def _changed(self) -> float:
+    def _changed(self) -> tuple[int, int]:
+        """Also its size: two changes may fall into one tick of the file system's clock (4 ms)."""
         try:
-            return self._marker.stat().st_mtime
+            found = self._marker.stat()
         except OSError:
-            return 0.0
+            return 0, 0
+        return found.st_size, found.st_mtime_ns
 
     def caller(self, token: str | None) -> Caller | None:
         """None for a token that is unknown, expired or revoked, and for none at all where one is needed."""
@@ -86,16 +95,23 @@ class Tokens:
             return None
         return Caller(Role(row.role), row.machine_id)
 
+    def former(self, token: str | None) -> int | None:
+        """The machine that a revoked token spoke for."""
+        return self._former.get(hashed(token)) if token else None
+
     @property
     def needed(self) -> bool:
-        """Whether a person has made a token; from then on there is no entry without one."""
-        return any(row.role != Role.WORKER for row in self._live.values())
+        """Whether a person has ever made a token; from then on there is no entry without one."""
+        return self._needed
 
     def make(self, order: TokenOrder) -> TokenMade:
-        """The only time that the token itself is seen. Raises NotFound for an unknown machine."""
+        """The only time that the token itself is seen. Raises NotFound for an unknown machine, BadInput for one that
+        no token can speak for."""
         if (order.role is Role.WORKER) != (order.machine is not None):
-            raise NotFound("a worker's token is bound to a machine, and only a worker's: name one with --machine")
+            raise BadInput("a worker's token is bound to a machine, and only a worker's: name one with --machine")
         machine = self._store.member(order.machine) if order.machine else None
+        if machine is not None and machine.state in (MachineState.RETIRED, MachineState.IMPORTED):
+            raise BadInput(f"{machine.name} is {machine.state}: nothing speaks for it any more")
         return self._make(order.role, order.label, machine.id if machine else None, order.expires_s)
 
     def for_machine(self, machine_id: int) -> str:
@@ -106,7 +122,7 @@ class Tokens:
     def _make(self, role: Role, label: str, machine_id: int | None, expires_s: float | None) -> TokenMade:
         token = f"swarm_{role}_{secrets.token_urlsafe(32)}"
         now = int(time.time())
-        expires = None if expires_s is None else int(now + expires_s)
+        expires = None if expires_s is None else math.ceil(time.time() + min(expires_s, LONGEST_S))
         values = {
             "hash": hashed(token),
             "role": role,
@@ -142,8 +158,8 @@ class Tokens:
 
     def _tell(self) -> None:
         """Other processes too."""
-        self._marker.touch()
-        os.utime(self._marker)
+        with self._marker.open("ab") as file:
+            file.write(b".")
         self._load()
 
     def all(self) -> list[TokenView]:

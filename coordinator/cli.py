@@ -2,24 +2,44 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.table import Table
+from rich.text import Text
 
 from shared.client import client_from
-from shared.errors import BadInput
+from shared.errors import Refused
+from shared.wire import Role, TokenOrder
 from worker.campaign import Campaign
-from worker.cli import Json, _Bar, _stopping, app, console, run_app
+from worker.home import default_home
 from worker.machine import detect
+from worker.results import plain
 from worker.screen import TerminalScreen
+from worker.terminal import DataBar, Json, app, console, run_app, say, stopping
+
+if TYPE_CHECKING:
+    from .auth import Tokens
+    from .fleet import Node
 
 CampaignDir = Annotated[Path, typer.Argument(help="The campaign's directory, made by `swarm init`.")]
 Database = Annotated[
     str | None, typer.Option("--db", help="Database URL; SQLite below the campaign if left out.", envvar="SWARM_DB")
+]
+
+Home = Annotated[Path | None, typer.Option(help="Where machines keep their state.", envvar="SWARM_HOME")]
+JoinToken = Annotated[str | None, typer.Option("--token", help="A join token.", envvar="SWARM_TOKEN")]
+Coordinator = Annotated[
+    str | None, typer.Option("--coordinator", help="The coordinator's address.", envvar="SWARM_COORDINATOR")
 ]
 
 
@@ -50,7 +70,7 @@ def serve(
 
     campaign = Campaign.open(directory)
     settings = serving.settings_of(campaign, db, Limits(keep_logs_days=keep_logs, keep_attic_days=keep_attic))
-    with _Bar() as bar:
+    with DataBar() as bar:
         serving.serve(
             campaign,
             serving.Address(host, port, tls_cert, tls_key),
@@ -61,8 +81,8 @@ def serve(
         )
 
 
-@app.command()
-def worker(
+@app.command("worker")
+def be_worker(
     url: Annotated[str, typer.Argument(help="The coordinator's address.")],
     name: Annotated[str | None, typer.Option(help="This machine's name; by default the host's.")] = None,
     home: Annotated[
@@ -72,7 +92,6 @@ def worker(
     token: Annotated[str | None, typer.Option(help="A join token, for the first time.", envvar="SWARM_TOKEN")] = None,
 ) -> None:
     """Be one machine of a swarm, in the foreground, until Ctrl-C. Started again, it goes on where it was."""
-    from worker.home import default_home
     from worker.working import work
 
     os.environ.pop("SWARM_TOKEN", None)  # for us, not for what we start
@@ -80,11 +99,180 @@ def worker(
     machine = detect(name)
     console.print(f"{machine.name} on {machine.accelerator or machine.chip} ({machine.machine_class}), for {url}")
     screen = TerminalScreen(console)
-    with screen, _stopping(stop), _Bar() as bar:
+    with screen, stopping(stop), DataBar() as bar:
         work(url.rstrip("/"), token, home or default_home(), machine, screen, stop, bar.update)
 
 
-__all__ = ["BadInput", "Json", "client_from", "main"]
+@app.command()
+def demo(
+    minutes: Annotated[float, typer.Option(min=0, help="How long to research after the baselines.")] = 3.0,
+) -> None:
+    """The whole swarm on this computer, in a new temporary directory: coordinator, local Ray, three machines."""
+    from .demo import demo as show
+
+    show(minutes, console)
+
+
+@app.command()
+def up(
+    slots: Annotated[int | None, typer.Option(min=1, help="Machines on each node without accelerators.")] = None,
+    accelerators: Annotated[int | None, typer.Option(min=1, help="Ask the cluster's autoscaler for so many.")] = None,
+    address: Annotated[str | None, typer.Option(help="The Ray cluster, HOST:6379; else the one found here.")] = None,
+    home: Home = None,
+    coordinator: Coordinator = None,
+    token: JoinToken = None,
+    as_json: Json = False,
+) -> None:
+    """Put a worker on every accelerator of a Ray cluster; without one, start Ray on this computer."""
+    from . import fleet
+
+    place = home or default_home()
+    url = client_from(coordinator, None).url
+    fleet.connect(address, home=place, start_local=True)
+    plan = fleet.Plan(url, token, home=home, slots=slots, accelerators=accelerators)
+    nodes = fleet.up(plan, lambda line: print(line, file=sys.stderr))
+    _show_nodes(nodes, as_json)
+    if not any(node.workers for node in nodes):
+        raise Refused("no node has an accelerator; --slots N puts N workers on each node's CPU")
+
+
+@app.command()
+def down(
+    address: Annotated[str | None, typer.Option(help="The Ray cluster, HOST:6379; else the one found here.")] = None,
+    home: Home = None,
+) -> None:
+    """Stop the workers of a Ray cluster; each ends its run and sends what it has. Their state stays."""
+    from . import fleet
+
+    place = home or default_home()
+    fleet.connect(address, home=place)
+    fleet.down(lambda line: print(line, file=sys.stderr), place)
+
+
+def _show_nodes(nodes: list[Node], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps([asdict(node) for node in nodes]))
+        return
+    table = Table(box=None, pad_edge=False)
+    for column in ("host", "machine", "state", "devices", "note"):
+        table.add_column(column)
+    for node in nodes:
+        for worker in node.workers:
+            cells = [node.host, worker.name, str(worker.state), ",".join(worker.devices) or "cpu", worker.note]
+            table.add_row(*(Text(cell) for cell in cells))
+        if not node.workers:
+            table.add_row(Text(node.host), "-", "-", "-", Text(node.note))
+    console.print(table)
+
+
+tokens = typer.Typer(help="Tokens of a coordinator; run beside it, on its computer.", no_args_is_help=True)
+app.add_typer(tokens, name="token")
+OfCampaign = Annotated[Path, typer.Option("--dir", "-C", help="The served campaign's directory.", show_default="here")]
+
+
+@contextmanager
+def _tokens(directory: Path, db: str | None) -> Iterator[Tokens]:
+    """The tokens of a campaign's coordinator, whether it is running or not."""
+    from . import serving
+    from .auth import Tokens
+    from .store import Store
+
+    settings = serving.settings_of(Campaign.open(directory), db)
+    settings.state.mkdir(parents=True, exist_ok=True)
+    store = Store(settings.database)
+    try:
+        yield Tokens(store, settings.state)
+    finally:
+        store.close()
+
+
+@tokens.command("create")
+def create_token(
+    role: Annotated[Role, typer.Option(help="What its bearer may do.")],
+    label: Annotated[str, typer.Option(help="A note for people.")] = "",
+    expires: Annotated[
+        float | None, typer.Option(min=0, help="Days that it is good for; for ever if left out.")
+    ] = None,
+    machine: Annotated[str | None, typer.Option(help="For role worker: the machine it is bound to.")] = None,
+    directory: OfCampaign = Path(),
+    db: Database = None,
+    as_json: Json = False,
+) -> None:
+    """Make a token. It is shown once; only its hash is kept."""
+    order = TokenOrder(role=role, label=label, expires_s=expires * 86400 if expires else None, machine=machine)
+    with _tokens(directory, db) as live:
+        made = live.make(order)
+    say(as_json, made.model_dump(mode="json"), made.token)
+
+
+@tokens.command("list")
+def list_tokens(directory: OfCampaign = Path(), db: Database = None, as_json: Json = False) -> None:
+    """Every token's role and state; never the tokens."""
+    with _tokens(directory, db) as live:
+        views = live.all()
+    if as_json:
+        print(json.dumps([view.model_dump(mode="json") for view in views]))
+        return
+    table = Table(box=None, pad_edge=False)
+    for column in ("id", "role", "machine", "label", "made", "expires", "state"):
+        table.add_column(column)
+    for view in views:
+        expired = view.expires_at is not None and view.expires_at <= time.time()
+        state = "revoked" if view.revoked else "expired" if expired else "live"
+        times = [_day(view.created_at), _day(view.expires_at) if view.expires_at else "never"]
+        cells = [str(view.id), view.role, view.machine or "-", plain(view.label) or "-", *times, state]
+        table.add_row(*(Text(cell) for cell in cells))
+    console.print(table)
+
+
+def _day(at: int) -> str:
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(at))
+
+
+@tokens.command("revoke")
+def revoke_token(
+    token: Annotated[int, typer.Argument(help="Its number, as `swarm token list` shows it.")],
+    directory: OfCampaign = Path(),
+    db: Database = None,
+    as_json: Json = False,
+) -> None:
+    """End a token now."""
+    with _tokens(directory, db) as live:
+        live.revoke(token)
+    say(as_json, {"revoked": token}, f"token {token} is revoked")
+
+
+@app.command()
+def backup(
+    out: Annotated[Path, typer.Argument(help="The file to write.")],
+    directory: OfCampaign = Path(),
+    db: Database = None,
+    as_json: Json = False,
+) -> None:
+    """Save a coordinator's database and hub, as they stand, in one tar file; it may be running."""
+    from . import backup as backups
+    from . import serving
+
+    backups.backup(serving.settings_of(Campaign.open(directory), db), out)
+    say(as_json, {"backup": str(out.absolute()), "bytes": out.stat().st_size}, f"{out}: {out.stat().st_size} bytes")
+
+
+@app.command()
+def restore(
+    source: Annotated[Path, typer.Argument(help="A file that `swarm backup` wrote.")],
+    directory: OfCampaign = Path(),
+    db: Database = None,
+    as_json: Json = False,
+) -> None:
+    """Bring a coordinator back from a backup; machines then send again what came after it."""
+    from . import backup as backups
+    from . import serving
+
+    settings = serving.settings_of(Campaign.open(directory), db)
+    with serving.only_one(settings):
+        backups.restore(settings, source)
+    say(as_json, {"restored": str(settings.state)}, f"restored to {settings.state}; next: swarm serve {directory}")
+
 
 if __name__ == "__main__":
     main()

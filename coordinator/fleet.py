@@ -6,20 +6,17 @@
 Invariants: at most one worker per slot, whoever dies in between: workers outlive a killed agent, and its successor
 adopts them. Every call to an actor has a timeout. Nothing here carries experiments: health and results go over HTTP.
 NOT covered: accelerators other than CUDA devices and `mlx`; workers on a computer whose node died while it lives on
-(they research on; a node that joins again adopts them); `ray://` addresses; a driver that loses the head in the middle
-of a call (Ray ends it after 60 s).
+(they research on; a node that joins again adopts them, supervisor.stop_here() ends them); `ray://` addresses; a driver
+that loses the head in the middle of a call (Ray ends it after 60 s).
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import logging
 import os
-import secrets
 import socket
-import subprocess
 import sys
 import tempfile
 import threading
@@ -34,9 +31,9 @@ import psutil
 
 from shared.errors import BadInput, Refused, SwarmError
 from worker.machine import slug
-from worker.slot import born
 
-from .supervisor import State, Supervisor, Worker
+from .local_ray import FOLDER, is_ray_here, running_head, start_head, stop_head, use_token
+from .supervisor import State, Supervisor, Worker, node_of
 
 NAMESPACE = "swarm"
 RECONCILER = "reconciler"
@@ -47,6 +44,10 @@ ANSWER_S = 10.0  #: for an actor to answer; a node that was killed is known as d
 OUTLIVE = {"env_vars": {"RAY_kill_child_processes_on_worker_exit": "0"}}
 
 Progress = Callable[[str], None]
+
+
+class NoCluster(BadInput):
+    """No Ray runs on this computer, and none was named; for `swarm down` that is as good as done."""
 
 
 @dataclass(frozen=True)
@@ -146,10 +147,7 @@ class Agent:
 
     def _foreign(self, worker: psutil.Process) -> str | None:
         """None for a worker of this node's agent, or of a node that is gone: this computer's before it joined again."""
-        try:
-            node = worker.environ().get("SWARM_NODE")
-        except psutil.Error:
-            return "it cannot be looked at"
+        node = node_of(worker)
         if node is None:
             return "it was not started by `swarm up`"
         if node != self._here.node and any(other["NodeID"] == node and other["Alive"] for other in _ray().nodes()):
@@ -247,6 +245,16 @@ def _answers(ray: Any, calls: Mapping[str, Any], timeout: float) -> dict[str, An
     return answers
 
 
+def _plan(ray: Any, reconciler: Any, timeout: float) -> Plan | None:
+    """The running swarm's plan. Asks again while the reconciler restarts."""
+    until = time.monotonic() + timeout
+    while (left := until - time.monotonic()) > 0:
+        if plan := _answers(ray, {"": reconciler.plan.remote()}, left).get(""):
+            return plan  # type: ignore[no-any-return]
+        time.sleep(0.2)
+    return None
+
+
 def _ray() -> Any:
     try:
         import ray
@@ -264,23 +272,27 @@ def connect(address: str | None, *, home: Path, start_local: bool = False) -> No
     address = address or os.environ.get("RAY_ADDRESS")
     if address and address.startswith("ray://"):
         raise BadInput(f"{address}: run this on a node of the cluster, or give its GCS address HOST:6379")
-    if not address and (head := _head(home)):
-        address = head[1]
-        _use_token(home)
-    where = address or "this computer"
-    if address and address not in ("auto", "local"):  # ray.init() tries for a minute
+    if not address and (head := running_head(home)):
+        address = head.address
+        use_token(home)
+    if not address:
+        # Looked up before Ray is: it would try a dead cluster's address for minutes, and reads its token only once.
+        if is_ray_here():
+            address = "auto"
+        elif start_local:
+            use_token(home)
+            address = start_head(home)
+        else:
+            raise NoCluster(
+                "no Ray cluster on this computer; give --address HOST:6379, or run on a node of the cluster"
+            )
+    elif address != "auto":
         host, _, port = address.rpartition(":")
         try:
             socket.create_connection((host, int(port)), timeout=5).close()
         except (OSError, ValueError) as problem:
             raise BadInput(f"no Ray cluster at {address}: {problem}") from None
-    try:
-        _init(address or "auto")
-    except ConnectionError as problem:
-        if address or not start_local:
-            raise BadInput(f"no Ray cluster at {where}: {str(problem).splitlines()[0]}") from None
-        _use_token(home)
-        _init(_start_head(home))
+    _init(address)
 
 
 def _init(address: str) -> None:
@@ -289,70 +301,8 @@ def _init(address: str) -> None:
     ray._private.worker._worker_logs_enabled = False  # else a dead raylet's last 20 lines go to stdout (measured)
     try:
         ray.init(address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
-    except (RuntimeError, ray.exceptions.RayError) as problem:
+    except (ConnectionError, RuntimeError, ray.exceptions.RayError) as problem:
         raise BadInput(f"Ray at {address}: {str(problem).strip().splitlines()[0]}") from None
-
-
-def _use_token(home: Path) -> None:
-    """Every Ray process that starts from here asks for the token. To be called before ray is imported: it looks once.
-
-    Without these variables a later `ray start` may take up a token that others do not know (measured).
-    """
-    if "RAY_AUTH_MODE" in os.environ:
-        return
-    path = home / "ray" / "token"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with (
-        contextlib.suppress(FileExistsError),
-        os.fdopen(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w") as file,
-    ):
-        file.write(secrets.token_hex(32))
-    os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=str(path))
-
-
-def _head(home: Path) -> tuple[psutil.Process, str] | None:
-    """The Ray that swarm started on this computer, if it lives, and its address."""
-    try:
-        said = json.loads((home / "ray" / "head.json").read_text())
-        process = psutil.Process(said["pid"])
-        return (process, said["address"]) if born(process) == said["born"] else None
-    except (OSError, ValueError, KeyError, psutil.Error):
-        return None
-
-
-def _start_head(home: Path) -> str:
-    """`ray start --block` in a session of its own: one process whose descendants are all that it started."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    options = ["--node-ip-address=127.0.0.1", f"--port={address.rpartition(':')[2]}", "--include-dashboard=false"]
-    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats"]
-    with (home / "ray" / "head.log").open("ab") as log:
-        process = psutil.Popen(
-            [*command, *options], stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
-        )
-    said = {"pid": process.pid, "born": born(process), "address": address}
-    (home / "ray" / "head.json").write_text(json.dumps(said))
-    until = time.monotonic() + 60
-    while time.monotonic() < until and process.poll() is None:
-        if "will now block" in (home / "ray" / "head.log").read_text(errors="replace"):
-            return address
-        time.sleep(0.2)
-    _stop_head(home)
-    raise SwarmError(f"Ray did not start on this computer; see {home}/ray/head.log")
-
-
-def _stop_head(home: Path) -> None:
-    if head := _head(home):
-        family = [head[0], *head[0].children(recursive=True)]
-        head[0].terminate()
-        _, alive = psutil.wait_procs(family, timeout=15)
-        for process in alive:
-            with contextlib.suppress(psutil.Error):
-                process.kill()
-        psutil.wait_procs(alive, timeout=5)
-    for name in ("head.json", "head.log"):
-        (home / "ray" / name).unlink(missing_ok=True)
 
 
 def up(plan: Plan, progress: Progress, wait_s: float = 120.0) -> list[Node]:
@@ -363,7 +313,7 @@ def up(plan: Plan, progress: Progress, wait_s: float = 120.0) -> list[Node]:
     ray = _ray()
     reserve = {"num_cpus": 0, "resources": {"node:__internal_head__": 0.001}}
     reconciler = _detached(ray, Reconciler, RECONCILER, **reserve).remote(plan)
-    known = _answers(ray, {"": reconciler.plan.remote()}, 60).get("")
+    known = _plan(ray, reconciler, 60)
     if known is None:
         raise SwarmError("the reconciler does not start; see `ray list actors` on the head node")
     if differ := [f.name for f in dataclasses.fields(Plan) if getattr(known, f.name) != getattr(plan, f.name)]:
@@ -387,7 +337,7 @@ def status() -> list[Node]:
     """Every node that has slots or an agent, by host; empty when the swarm is down."""
     ray = _ray()
     reconciler = _actor(ray, RECONCILER)
-    plan = _answers(ray, {"": reconciler.plan.remote()}, ANSWER_S).get("") if reconciler else None
+    plan = _plan(ray, reconciler, ANSWER_S) if reconciler else None
     agents = _agents(ray)
     answers = _answers(ray, {node: agent.status.remote() for node, agent in agents.items()}, ANSWER_S)
     nodes: list[Node] = []
@@ -396,9 +346,8 @@ def status() -> list[Node]:
         if id in answers:
             nodes.append(answers[id])
         elif id in agents or (alive and plan and place(node, plan)):
-            waits = (
-                "its agent is starting, or waits for accelerators that others use" if id in agents else "no agent yet"
-            )
+            starting = "its agent is starting, or waits for accelerators that others use"
+            waits = starting if id in agents else "no agent yet"
             here = place(node, plan) if plan and alive else None
             host = here.host if here else slug(node["NodeManagerHostname"].partition(".")[0])
             nodes.append(Node(id, host, node["NodeManagerAddress"], alive, None, (), waits if alive else "dead"))
@@ -413,7 +362,7 @@ def down(progress: Progress, home: Path | None = None) -> None:
     ray = _ray()
     drain_s = Plan("").drain_s
     if reconciler := _actor(ray, RECONCILER):  # first, or it makes agents anew
-        if plan := _answers(ray, {"": reconciler.plan.remote()}, ANSWER_S).get(""):
+        if plan := _plan(ray, reconciler, ANSWER_S):
             drain_s = plan.drain_s
             if plan.accelerators is not None:
                 _request(0)
@@ -434,9 +383,9 @@ def down(progress: Progress, home: Path | None = None) -> None:
             time.sleep(0.1)
         if not _agents(ray):
             break
-    if home and _head(home):
+    if home and running_head(home):
         ray.shutdown()
-        _stop_head(home)
+        stop_head(home)
 
 
 def _request(accelerators: int) -> None:
@@ -454,9 +403,10 @@ def local(hosts: Iterable[str], **resources: float) -> Iterator[Any]:
     Yields Ray's Cluster: `add_node(labels={HOST_LABEL: name}, **resources)` lets one more host join. Once per process:
     Ray reads its token only once.
     """
-    with tempfile.TemporaryDirectory(prefix="swarm") as folder:  # short: sockets' paths have 107 bytes at most
+    before = dict(os.environ)
+    with tempfile.TemporaryDirectory(prefix=FOLDER) as folder:
         os.environ.update(RAY_TMPDIR=folder, RAY_USAGE_STATS_ENABLED="0")
-        _use_token(Path(folder))
+        use_token(Path(folder))
         ray = _ray()
         from ray.cluster_utils import Cluster
 
@@ -473,3 +423,6 @@ def local(hosts: Iterable[str], **resources: float) -> Iterator[Any]:
         finally:
             ray.shutdown()
             cluster.shutdown()
+            for name in ("RAY_TMPDIR", "RAY_USAGE_STATS_ENABLED", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH"):
+                os.environ.pop(name, None)
+                os.environ.update({name: before[name]} if name in before else {})

@@ -23,7 +23,7 @@ import signal
 import sys
 import time
 from asyncio.subprocess import PIPE, Process
-from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -150,6 +150,21 @@ class Hub:
         take = ["-c", "protocol.version=2", "fetch", "--quiet", "--no-tags", "--update-shallow"]
         repo.run(*take, str(source.absolute()), f"{base}:refs/heads/main")
         partial.rename(path)
+
+    @staticmethod
+    def restore(path: Path, bundle: Path) -> None:
+        """Makes the bare repository from a backup's bundle, refs and all. Raises GitError for a damaged one."""
+        path.mkdir(parents=True)
+        repo = Repo(path)
+        repo.run("init", "--quiet", "--bare", "--template=", "--initial-branch=main", "--object-format=sha1")
+        repo.run("config", "gc.auto", "0")
+        repo.run("fetch", "--quiet", "--no-tags", str(bundle.absolute()), "+refs/*:refs/*")
+
+    def drop(self, refs: Iterable[str]) -> None:
+        """Deletes refs and what only they held; what was pushed within a day stays."""
+        for ref in refs:
+            self._repo.run("update-ref", "-d", ref)
+        self._repo.run("repack", "--quiet", "-A", "-d", "-l", "--unpack-unreachable=1.day.ago")
 
     def refs(self, *names: str) -> dict[str, str]:
         """The refs of these names that exist, or all, and their commits."""

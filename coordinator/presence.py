@@ -117,13 +117,16 @@ class Presence:
             return any(term.machine_id == machine_id and term.kind == kind for term in self._terms.values())
 
     def due(self) -> Due:
-        """What has run out by now. It is forgotten here, so that each is named once."""
+        """What has run out by now. It is forgotten here, so that each is named once; with a silent machine goes all
+        that it held, so that it learns when it is back which leases are no longer its own."""
         now = self._clock()
         with self._lock:
             silent = tuple(machine for machine, seen in self._seen.items() if seen.until < now)
             for machine in silent:
                 del self._seen[machine]
-            expired = {lease: term for lease, term in self._terms.items() if term.until < now}
+            expired = {
+                lease: term for lease, term in self._terms.items() if term.until < now or term.machine_id in silent
+            }
             for lease in expired:
                 del self._terms[lease]
         return Due(silent, tuple(LeaseRef(id=lease, attempt=term.attempt) for lease, term in expired.items()))

@@ -51,3 +51,12 @@ def tidy(service: Service) -> None:
     limits = service.settings.limits
     if limits.keep_logs_days is not None:
         service.store.drop_logs(int(time.time() - limits.keep_logs_days * 86400))
+    if limits.keep_attic_days is not None:
+        old = time.time() - limits.keep_attic_days * 86400
+        here = {member.name for member in service.store.members() if member.state is MachineState.ONLINE}
+        gone = [branch.machine for branch in service.store.branches() if branch.attic and branch.pushed_at < old]
+        attics = [service.store.member(name).attic for name in gone if name not in here]
+        if refs := service.hub.refs(*attics) if attics else {}:
+            service.hub.drop(refs)
+            for name in gone:
+                service.note_push(service.store.member(name))

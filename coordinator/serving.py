@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import uvicorn
+
 from shared import git
 from shared.errors import BadInput, Refused
 from shared.prepare.constants import PROFILES
@@ -30,8 +32,10 @@ from .app import create_app
 from .service import NO_FILES, Files, Service
 from .settings import STATE, Limits, Settings, sqlite_url
 from .store import open_engine
+from .stream import Stream
 
 PORT = 8420
+BACKLOG = 2048
 
 
 @dataclass(frozen=True)
@@ -57,8 +61,29 @@ class Address:
 
 
 def settings_of(campaign: Campaign, database: str | None, limits: Limits | None = None) -> Settings:
+    """Raises BadInput for an environment variable that is no number of seconds."""
     state = campaign.root / STATE
-    return Settings(state, database or sqlite_url(state), slug(campaign.task.name), limits=limits or Limits())
+    return Settings(
+        state,
+        database or sqlite_url(state),
+        slug(campaign.task.name),
+        _seconds("SWARM_HEARTBEAT_S", Settings.heartbeat_s),
+        _seconds("SWARM_LEASE_S", Settings.lease_ttl_s),
+        limits or Limits(),
+    )
+
+
+def _seconds(name: str, default: float) -> float:
+    text = os.environ.get(name)
+    if not text:
+        return default
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < 86400:
+        raise BadInput(f"{name}={text}: seconds, above 0 and below a day")
+    return value
 
 
 @contextmanager
@@ -122,8 +147,6 @@ def serve(
     warn: Callable[[str], None],
 ) -> None:
     """Until SIGINT or SIGTERM. `ready` gets the service's address. Raises Refused or BadInput."""
-    import uvicorn
-
     base = git.Repo(campaign.root).resolve("HEAD")
     if base is None:
         raise BadInput(f"{campaign.root}: no commit yet; commit the task's files first")
@@ -145,24 +168,40 @@ def serve(
                     warn("tokens and results travel unencrypted; --tls-cert and --tls-key change that")
             with _socket(address) as listener:
                 url = address.url(listener.getsockname()[1])
-                config = uvicorn.Config(
-                    create_app(service, loopback=address.loopback),
-                    loop="uvloop",
-                    http="httptools",
-                    ws="none",
-                    log_level="warning",
-                    access_log=False,
-                    server_header=False,
-                    timeout_graceful_shutdown=3,
-                    timeout_keep_alive=75,
-                    backlog=2048,
-                    ssl_certfile=address.tls_cert,
-                    ssl_keyfile=address.tls_key,
-                )
                 ready(url)
-                uvicorn.Server(config).run(sockets=[listener])
+                server_of(service, address).run(sockets=[listener])
         finally:
             service.close()
+
+
+class _Server(uvicorn.Server):
+    """Ends the event streams first: uvicorn waits for open responses before it tells the application."""
+
+    def __init__(self, config: uvicorn.Config, stream: Stream) -> None:
+        super().__init__(config)
+        self._stream = stream
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._stream.end()
+        await super().shutdown(sockets)
+
+
+def server_of(service: Service, address: Address) -> uvicorn.Server:
+    config = uvicorn.Config(
+        create_app(service, loopback=address.loopback),
+        loop="uvloop",
+        http="httptools",
+        ws="none",
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=3,
+        timeout_keep_alive=75,
+        backlog=BACKLOG,
+        ssl_certfile=address.tls_cert,
+        ssl_keyfile=address.tls_key,
+    )
+    return _Server(config, service.stream)
 
 
 def _tag() -> str:
@@ -176,6 +215,7 @@ def _socket(address: Address) -> socket.socket:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((address.host, address.port))
+        listener.listen(BACKLOG)  # who connects before the server runs waits instead of being refused
     except OSError as error:
         listener.close()
         words = error.strerror or str(error)

@@ -6,8 +6,8 @@ same report twice changes nothing; `standings` always equals what `rebuild_stand
 
 from __future__ import annotations
 
+import json
 import re
-import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -35,6 +35,7 @@ from sqlalchemy import (
     select,
     update,
 )
+from sqlalchemy.exc import DBAPIError
 
 from shared import wire
 from shared.errors import BadInput, Refused, SwarmError
@@ -42,10 +43,15 @@ from shared.wire import ExperimentReport, Kind, LeaseState, MachineState, Regist
 
 from . import leaderboard, tables
 from .tables import Branch, Campaign, Detail, Experiment, Idea, Lease, Machine, Run, Standing, Token
-from .writer import Transaction, Writer
+from .writer import TROUBLE, StorageUnavailable, Transaction, Writer
 
 RESERVED = "promoted"  #: the branch of promoted ideas has this machine's name
 LISTED = 1000  #: rows in one page at most
+POOL = {"pool_size": 8, "max_overflow": 40}  #: connections: the web server's 40 threads, the writer, some to spare
+HUGE = 1e100  #: no score, second or GiB is beyond it, so that sums and squares of them are finite
+GONE = (MachineState.RETIRED, MachineState.IMPORTED)  #: such a machine never works again
+#: What an experiment is and always was; a later version of a report may not say otherwise.
+_IDENTITY = ("number", "idea", "profile", "rung", "tested")
 
 
 class NotFound(SwarmError):
@@ -128,12 +134,12 @@ def open_engine(url: str) -> Engine:
     if parsed.get_backend_name() == "postgresql":
         parsed = parsed.set(drivername="postgresql+psycopg")
         try:
-            return create_engine(parsed, pool_size=8, max_overflow=32, pool_pre_ping=True)
+            return create_engine(parsed, pool_pre_ping=True, **POOL)
         except ModuleNotFoundError:
             raise BadInput("--db: PostgreSQL needs psycopg: pip install 'ratchet-swarm[postgres]'") from None
     if parsed.get_backend_name() != "sqlite":
         raise BadInput(f"--db {parsed.render_as_string(hide_password=True)}: sqlite:/// or postgresql:// is served")
-    engine = create_engine(parsed, connect_args={"check_same_thread": False, "timeout": 30})
+    engine = create_engine(parsed, connect_args={"check_same_thread": False, "timeout": 30}, **POOL)
 
     @event.listens_for(engine, "connect")
     def _connect(connection: Any, _: object) -> None:
@@ -144,7 +150,7 @@ def open_engine(url: str) -> Engine:
             "synchronous=FULL",  # a report that was acknowledged survives a power cut
             "foreign_keys=ON",
             "busy_timeout=30000",
-            "cache_size=-65536",
+            "cache_size=-16384",
             "temp_store=MEMORY",
         ):
             cursor.execute(f"PRAGMA {pragma}")
@@ -159,19 +165,21 @@ def open_engine(url: str) -> Engine:
 
 
 def migrate(engine: Engine, to: str = "head") -> None:
-    """Brings the schema up to date. Raises BadInput for a database of a newer release."""
+    """Brings the schema up to date. Raises BadInput for a database of a newer release, and for none at all."""
     from alembic import command
     from alembic.config import Config
     from alembic.util import CommandError
 
     config = Config()
     config.set_main_option("script_location", str(Path(__file__).with_name("migrations")))
-    with engine.connect().execution_options(writes=True) as connection, connection.begin():
-        config.attributes["connection"] = connection
-        try:
+    try:
+        with engine.connect().execution_options(writes=True) as connection, connection.begin():
+            config.attributes["connection"] = connection
             command.upgrade(config, to)
-        except CommandError as error:
-            raise BadInput(f"--db: {error}; the database was made by a newer release, upgrade this one") from None
+    except CommandError as error:
+        raise BadInput(f"--db: {error}; the database was made by a newer release, upgrade this one") from None
+    except DBAPIError as error:
+        raise BadInput(f"--db {engine.url}: {' '.join(str(error.orig).split())}") from None
 
 
 class Store:
@@ -180,7 +188,11 @@ class Store:
     def __init__(self, url: str, published: Callable[[list[wire.Event]], None] = lambda _: None) -> None:
         """Opens and migrates it. `published`: see Writer."""
         self.engine = open_engine(url)
-        migrate(self.engine)
+        try:
+            migrate(self.engine)
+        except BadInput:
+            self.engine.dispose()
+            raise
         self._study: Study | None = None
         self._members: dict[str, Member] = {}
         self._ids: dict[int, Member] = {}
@@ -188,17 +200,20 @@ class Store:
             last = connection.execute(select(func.max(tables.Event.position))).scalar() or 0
             self._experiments = connection.execute(select(func.max(Experiment.position))).scalar() or 0
             self._leases = connection.execute(select(func.max(Lease.position))).scalar() or 0
-            for row in connection.execute(select(Machine.__table__)):
-                self._remember(Member.of(row))
+            self._read_members(connection)
             if (own := connection.execute(select(Campaign.__table__)).first()) is not None:
                 self._study = Study(own.name, own.tag, own.metric, own.direction, own.profile, own.base, own.digest)
-        self.writer = Writer(self.engine.execution_options(writes=True), last + 1, published)
-        self._lock = threading.Lock()
+        self.writer = Writer(self.engine.execution_options(writes=True), last + 1, published, self._read_members)
 
     @contextmanager
     def read(self) -> Iterator[Connection]:
-        with self.engine.connect() as connection:
-            yield connection
+        """Raises StorageUnavailable."""
+        try:
+            with self.engine.connect() as connection:
+                yield connection
+        except TROUBLE as error:
+            cause = " ".join(str(getattr(error, "orig", None) or error).split())
+            raise StorageUnavailable(f"the database gives nothing: {cause}") from None
 
     def close(self) -> None:
         self.writer.close()
@@ -240,10 +255,23 @@ class Store:
 
     # -- machines
 
+    def _read_members(self, connection: Connection) -> None:
+        for row in connection.execute(select(Machine.__table__)):
+            self._remember(Member.of(row))
+
     def _remember(self, member: Member) -> None:
-        if (before := self._ids.get(member.id)) is not None:
-            self._members.pop(before.name, None)
+        """Only the writer's thread comes here, in commit order. Nobody who looks meanwhile misses a machine."""
+        before = self._ids.get(member.id)
         self._ids[member.id] = self._members[member.name] = member
+        if before is not None and before.name != member.name:
+            del self._members[before.name]
+
+    def _changed(self, t: Transaction, machine_id: int) -> Member:
+        """The machine as it now is; remembered once that is committed."""
+        row = t.connection.execute(select(Machine.__table__).where(Machine.id == machine_id)).one()
+        member = Member.of(row)
+        t.after_commit(partial(self._remember, member))
+        return member
 
     def member(self, name: str) -> Member:
         """Raises NotFound."""
@@ -261,25 +289,30 @@ class Store:
     def register(
         self, registration: Registration, branch_prefix: str, state: MachineState = MachineState.ONLINE
     ) -> Member:
-        """A new machine, or the next incarnation of a known one. A name that another machine has gets a number."""
+        """A new machine, or the next incarnation of a known one. A name that another machine has gets a number.
+        Raises Conflict for a machine that was retired."""
 
-        def job(t: Transaction) -> Row[Any]:
+        def job(t: Transaction) -> Member:
             known = t.connection.execute(select(Machine.__table__).where(Machine.uid == registration.uid)).first()
             facts = {
                 "machine_class": registration.machine_class,
                 "backend": registration.backend,
                 "hardware": registration.hardware.model_dump(),
                 "can": list(registration.can),
-                "version": registration.version[:63],
+                "version": _clean(registration.version[:63]),
             }
             if known is not None:
+                if known.state == MachineState.RETIRED:
+                    raise Conflict(f"{known.name} was retired", wire.RETIRED)
                 t.connection.execute(
                     update(Machine)
                     .where(Machine.id == known.id)
                     .values(incarnation=known.incarnation + 1, state=state, **facts)
                 )
                 machine_id, name = known.id, known.name
-                self._release(t, known.id, set(registration.holds))
+                self._release(t, known.id, frozenset(registration.holds))
+                if known.machine_class != registration.machine_class:  # another class has another prior for sigma
+                    self._update_levels(t.connection, known.id)
             else:
                 name = self._free_name(t.connection, registration.name)
                 machine_id = t.connection.execute(
@@ -296,63 +329,61 @@ class Store:
                     )
                 ).inserted_primary_key[0]  # type: ignore[index]
             t.event("registered", name, machine_class=registration.machine_class, new=known is None)
-            return t.connection.execute(select(Machine.__table__).where(Machine.id == machine_id)).one()
+            return self._changed(t, machine_id)
 
-        member = Member.of(self.writer.call(job))
-        self._remember(member)
-        return member
+        return self.writer.call(job)
 
     @staticmethod
-    def _free_name(connection: Connection, wanted: str) -> str:
-        taken = set(
-            connection.execute(
-                select(Machine.name).where(or_(Machine.name == wanted, Machine.name.like(f"{wanted}-%")))
-            ).scalars()
-        )
+    def _free_name(connection: Connection, wanted: str, but: int | None = None) -> str:
+        """What is wanted, or that with a number. `but`: a machine whose own names are free to it."""
+        stem = wanted[:58].rstrip("-")  # room for a number
         # A branch never moves with its machine's name, so names that a branch still carries are taken as well.
-        attics = connection.execute(select(Machine.attic).where(Machine.attic.like(f"refs/attic/{wanted}%"))).scalars()
-        taken |= {ref.rpartition("/")[2] for ref in attics} | {RESERVED, wire.SELF}
+        query = select(Machine.name, Machine.attic).where(
+            or_(Machine.name.like(f"{stem}%"), Machine.attic.like(f"refs/attic/{stem}%"))
+        )
+        if but is not None:
+            query = query.where(Machine.id != but)
+        taken = {RESERVED, wire.SELF}
+        for row in connection.execute(query):
+            taken |= {row.name, row.attic.rpartition("/")[2]}
         if wanted not in taken:
             return wanted
         number = 2
-        while (name := f"{wanted[:58]}-{number}") in taken:
+        while (name := f"{stem}-{number}") in taken:
             number += 1
         return name
 
     def set_state(self, machine: Member, state: MachineState) -> None:
-        """A transition, with its event. A machine that is not at work holds no leases."""
+        """A transition, with its event. A machine that is not at work holds no leases; one that was retired stays so,
+        also where a heartbeat of it was on its way."""
 
         def job(t: Transaction) -> None:
+            now = t.connection.execute(select(Machine.state).where(Machine.id == machine.id)).scalar_one()
+            if now in (state, MachineState.RETIRED):
+                return
             t.connection.execute(update(Machine).where(Machine.id == machine.id).values(state=state))
             if state is not MachineState.ONLINE:
-                self._release(t, machine.id, set())
+                self._release(t, machine.id, frozenset())
             t.event(str(state), machine.name)
+            self._changed(t, machine.id)
 
         self.writer.call(job)
-        self._reload(machine.id)
 
     def change(self, machine: Member, change: wire.MachineChange) -> Member:
         """Raises Conflict for a name that is taken."""
 
-        def job(t: Transaction) -> None:
+        def job(t: Transaction) -> Member:
             if change.name is not None and change.name != machine.name:
-                if change.name != self._free_name(t.connection, change.name):
+                if change.name != self._free_name(t.connection, change.name, but=machine.id):
                     raise Conflict(f"the name {change.name!r} is taken; choose another")
                 t.connection.execute(update(Machine).where(Machine.id == machine.id).values(name=change.name))
                 t.event("renamed", change.name, was=machine.name)
             if change.paused is not None and change.paused != machine.paused:
                 t.connection.execute(update(Machine).where(Machine.id == machine.id).values(paused=change.paused))
-                t.event("paused" if change.paused else "resumed", machine.name)
+                t.event("paused" if change.paused else "resumed", change.name or machine.name)
+            return self._changed(t, machine.id)
 
-        self.writer.call(job)
-        return self._reload(machine.id)
-
-    def _reload(self, machine_id: int) -> Member:
-        with self.read() as connection:
-            row = connection.execute(select(Machine.__table__).where(Machine.id == machine_id)).one()
-        member = Member.of(row)
-        self._remember(member)
-        return member
+        return self.writer.call(job)
 
     def machine_rows(self) -> Sequence[Row[Any]]:
         with self.read() as connection:
@@ -375,6 +406,18 @@ class Store:
 
     def _check(self, report: ExperimentReport) -> None:
         study = self.study
+        whole = [report.version, report.number, report.nodes_added, report.decided_at]
+        whole += [run.seed for run in report.runs] + ([report.lease.attempt] if report.lease else [])
+        if any(abs(number) >= 2**63 for number in whole):
+            raise Impossible("a whole number beyond 64 bits")
+        if any(abs(value) > HUGE for run in report.runs for value in (run.score or 0.0, run.memory_gb, run.seconds)):
+            raise Impossible(f"a score, time or memory beyond {HUGE:g}")
+        if "\0" in report.profile + report.rung:
+            raise Impossible("a NUL character in the name of a profile or rung")
+        try:
+            json.dumps([report.edits, report.params], allow_nan=False)
+        except ValueError:
+            raise Impossible("edits or params: a number that is not finite") from None
         for run in report.runs:
             if run.score is not None and study.metric.endswith("bpb") and run.score <= 0:
                 raise Impossible(f"score {run.score:.6f}: bits per byte are above 0")
@@ -398,17 +441,24 @@ class Store:
                 Experiment.suspect,
                 Experiment.cleared,
                 Experiment.status,
-                Experiment.confirmed,
+                *(getattr(Experiment, name) for name in _IDENTITY),
             ).where(Experiment.id == identity)
         ).first()
         if stored is not None and stored.machine_id != machine.id:
             raise Conflict(f"experiment {identity} belongs to another machine")
+        for name in _IDENTITY if stored is not None else ():
+            if getattr(stored, name) != getattr(report, name):
+                raise Conflict(f"experiment {identity} was reported with another {name} before")
         if stored is not None and stored.version >= report.version:
-            return wire.Accepted(stored=False, suspect=stored.suspect, closed=self._close_lease(t, identity, report))
+            closed = self._close_lease(t, machine, identity, report)
+            return wire.Accepted(stored=False, suspect=stored.suspect, closed=closed)
         mean, squares = leaderboard.spread([run.score for run in report.runs if run.score is not None])
         standing = self._standing(t.connection, machine.id, report.profile, report.rung)
         cleared = report.confirmed or (stored is not None and stored.cleared)
-        suspect = not cleared and (stored.suspect if stored is not None else self._suspect(report, standing))
+        level = standing.best if standing is not None else None
+        suspect = not cleared and (
+            (stored is not None and stored.suspect) or self._beyond(report.score, level) or self._beyond(mean, level)
+        )
         values = {
             "version": report.version,
             "status": report.status,
@@ -436,6 +486,8 @@ class Store:
         if report.runs:
             t.connection.execute(insert(Run), [_run_row(position, n, run) for n, run in enumerate(report.runs)])
         self._count_idea(t, machine, report, position, stored.status if stored is not None else None)
+        if standing is not None and standing.suspects and not suspect and (stored is None or stored.suspect):
+            self._believe_later(t, machine.id, report.profile, report.rung, report.number)
         self._update_standing(t, machine, report, standing, stored.status if stored is not None else None)
         t.event(
             "experiment" if stored is None else "revised",
@@ -451,7 +503,7 @@ class Store:
             suspect=suspect,
             confirmed=report.confirmed,
         )
-        return wire.Accepted(stored=True, suspect=suspect, closed=self._close_lease(t, identity, report))
+        return wire.Accepted(stored=True, suspect=suspect, closed=self._close_lease(t, machine, identity, report))
 
     def _insert_experiment(
         self, t: Transaction, machine: Member, identity: UUID, report: ExperimentReport, values: dict[str, Any]
@@ -482,7 +534,7 @@ class Store:
                 fingerprint=_clean(report.fingerprint),
                 code_state=_clean(report.code_state),
                 nodes_added=report.nodes_added,
-                digest=next((run.digest for run in report.runs if run.digest), None),
+                digest=next((_clean(run.digest) for run in report.runs if run.digest), None),
                 edits=_clean(report.edits),
                 params=_clean(report.params),
                 diff=_packed(report.diff),
@@ -490,12 +542,6 @@ class Store:
             )
         )
         return position
-
-    def _suspect(self, report: ExperimentReport, standing: Row[Any] | None) -> bool:
-        if report.score is None:
-            return False
-        level = standing.best if standing is not None else None
-        return self._beyond(report.score, level)
 
     def _count_idea(
         self, t: Transaction, machine: Member, report: ExperimentReport, position: int, before: str | None
@@ -537,7 +583,7 @@ class Store:
         key = (machine.id, report.profile, report.rung)
         new = before is None and report.number > 0
         kept = report.number > 0 and (report.status is Status.KEEP) - (before == Status.KEEP)
-        values = self._levels(t.connection, machine, report.profile, report.rung)
+        values = self._levels(t.connection, *key)
         values["experiments"] = (standing.experiments if standing is not None else 0) + int(new)
         values["keeps"] = (standing.keeps if standing is not None else 0) + int(kept)
         self._put_standing(t.connection, key, values, standing is None)
@@ -554,17 +600,24 @@ class Store:
             where = (Standing.machine_id == key[0], Standing.profile == key[1], Standing.rung == key[2])
             connection.execute(update(Standing).where(*where).values(**values))
 
-    def _levels(self, connection: Connection, machine: Member, profile: str, rung: str) -> dict[str, Any]:
-        """Baseline, HEAD and noise of one machine; all but the counts of a standing."""
-        here = (Experiment.machine_id == machine.id, Experiment.profile == profile, Experiment.rung == rung)
+    def _levels(self, connection: Connection, machine_id: int, profile: str, rung: str) -> dict[str, Any]:
+        """Baseline, HEAD and noise of one machine; all but the counts of a standing. Suspects count for nothing."""
+        here = _here(machine_id, profile, rung)
+        believed = (*here, ~Experiment.suspect)
         columns = (Experiment.position, Experiment.mean, Experiment.scored, Experiment.confirmed)
-        first = connection.execute(select(*columns).where(*here, Experiment.number == 0).limit(1)).first()
-        heads = (*here, Experiment.status == "keep", ~Experiment.suspect)
-        head = connection.execute(select(*columns).where(*heads).order_by(Experiment.number.desc()).limit(1)).first()
-        noise = connection.execute(
-            select(func.sum(Experiment.squares), func.sum(Experiment.scored - 1)).where(*here, Experiment.scored > 1)
-        ).one()
-        suspects = connection.execute(select(func.count()).where(*here, Experiment.suspect)).scalar() or 0
+        firsts = select(*columns).where(*believed, Experiment.number == 0).order_by(Experiment.position)
+        first = connection.execute(firsts.limit(1)).first()
+        head = connection.execute(self._heads(here, *columns)).first()
+        # In one order: sums of the same floats must be the same float, whichever way the database finds them.
+        reruns = (
+            select(Experiment.squares, Experiment.scored)
+            .where(*believed, Experiment.scored > 1)
+            .order_by(Experiment.position)
+            .subquery()
+        )
+        noise = connection.execute(select(func.sum(reruns.c.squares), func.sum(reruns.c.scored - 1))).one()
+        suspects = select(func.count()).where(*here, Experiment.suspect).scalar_subquery().label("suspects")
+        machine = connection.execute(select(Machine.machine_class, suspects).where(Machine.id == machine_id)).one()
         baseline = first.mean if first is not None else None
         best = head.mean if head is not None else None
         sigma = leaderboard.noise_floor(
@@ -575,12 +628,25 @@ class Store:
             "baseline": baseline,
             "best": best,
             "sigma": sigma,
-            "gain_sigmas": None if gain is None else gain / sigma,
+            "gain_sigmas": None if gain is None or not sigma else gain / sigma,
             "runs": head.scored if head is not None else 0,
             "confirmed": bool(head is not None and head.confirmed),
-            "suspects": suspects,
+            "suspects": machine.suspects,
             "head": head.position if head is not None else None,
         }
+
+    @staticmethod
+    def _heads(here: tuple[ColumnElement[bool], ...], *columns: Any) -> Select[Any]:
+        """The last keep that is believed."""
+        keeps = select(*columns).where(*here, Experiment.status == "keep", ~Experiment.suspect)
+        return keeps.order_by(Experiment.number.desc(), Experiment.position.desc()).limit(1)
+
+    def _update_levels(self, connection: Connection, machine_id: int) -> None:
+        """Of all its standings."""
+        query = select(Standing.profile, Standing.rung).where(Standing.machine_id == machine_id)
+        for row in connection.execute(query).all():
+            key = (machine_id, row.profile, row.rung)
+            self._put_standing(connection, key, self._levels(connection, *key), False)
 
     def rebuild_standings(self) -> None:
         """Makes the cache anew from the experiments."""
@@ -597,10 +663,10 @@ class Store:
                 ).group_by(Experiment.machine_id, Experiment.profile, Experiment.rung)
             ).all()
             for group in groups:
-                member = self._ids[group.machine_id]
-                values = self._levels(t.connection, member, group.profile, group.rung)
+                key = (group.machine_id, group.profile, group.rung)
+                values = self._levels(t.connection, *key)
                 values |= {"experiments": group.experiments, "keeps": group.keeps}
-                self._put_standing(t.connection, (group.machine_id, group.profile, group.rung), values, True)
+                self._put_standing(t.connection, key, values, True)
 
         self.writer.call(job)
 
@@ -611,36 +677,37 @@ class Store:
             row = t.connection.execute(select(Experiment.__table__).where(Experiment.id == identity)).first()
             if row is None:
                 raise NotFound(f"no experiment {identity}")
-            here = (
-                Experiment.machine_id == row.machine_id,
-                Experiment.profile == row.profile,
-                Experiment.rung == row.rung,
-            )
             t.connection.execute(
                 update(Experiment).where(Experiment.position == row.position).values(suspect=False, cleared=True)
             )
-            later = t.connection.execute(
-                select(Experiment.position, Experiment.score)
-                .where(*here, Experiment.suspect, Experiment.number > row.number)
-                .order_by(Experiment.number)
-            ).all()
-            member = self._ids[row.machine_id]
-            for other in later:
-                level = self._levels(t.connection, member, row.profile, row.rung)["best"]
-                if self._beyond(other.score, level):
-                    break
-                t.connection.execute(
-                    update(Experiment).where(Experiment.position == other.position).values(suspect=False)
-                )
-            values = self._levels(t.connection, member, row.profile, row.rung)
-            self._put_standing(t.connection, (row.machine_id, row.profile, row.rung), values, False)
-            t.event("cleared", member.name, id=str(identity))
+            key = (row.machine_id, row.profile, row.rung)
+            self._believe_later(t, *key, row.number)
+            self._put_standing(t.connection, key, self._levels(t.connection, *key), False)
+            t.event("cleared", self._ids[row.machine_id].name, id=str(identity))
 
         self.writer.call(job)
 
-    def _beyond(self, score: float, level: float | None) -> bool:
+    def _believe_later(self, t: Transaction, machine_id: int, profile: str, rung: str, number: int) -> None:
+        """Looks again at the suspects after a result that now counts: they were held against an older HEAD."""
+        here = _here(machine_id, profile, rung)
+        later = t.connection.execute(
+            select(Experiment.position, Experiment.number, Experiment.score, Experiment.mean)
+            .where(*here, Experiment.suspect, Experiment.number > number)
+            .order_by(Experiment.number, Experiment.position)
+        ).all()
+        for other in later:
+            heads = self._heads((*here, Experiment.number < other.number), Experiment.mean)
+            level = t.connection.execute(heads).scalar()
+            if not self._beyond(other.score, level) and not self._beyond(other.mean, level):
+                t.connection.execute(
+                    update(Experiment).where(Experiment.position == other.position).values(suspect=False)
+                )
+
+    def _beyond(self, score: float | None, level: float | None) -> bool:
         """Whether a score is better than the sanity bounds allow, HEAD being at `level`."""
         sanity, sign = self.study.sanity, self.study.sign
+        if score is None:
+            return False
         if sanity.best_possible is not None and sign * (sanity.best_possible - score) > 0:
             return True
         return bool(
@@ -650,7 +717,8 @@ class Store:
     # -- leases: decision 11. Only the latest attempt closes; everything that arrives is stored.
 
     def queue_lease(self, order: wire.LeaseOrder) -> UUID:
-        """Raises NotFound for what is unknown, Conflict for a Confirm that is not for its own machine."""
+        """Raises NotFound for what is unknown, Conflict for a Confirm that is not for its own machine, and for a
+        machine that will never work again."""
         wanted = self.member(order.machine).id if order.machine else None
 
         def job(t: Transaction) -> UUID:
@@ -661,6 +729,9 @@ class Store:
                 raise NotFound(f"no experiment {order.experiment}")
             if order.kind is Kind.CONFIRM and wanted not in (None, owner):
                 raise Conflict("an experiment is confirmed on its own machine")
+            only = owner if order.kind is Kind.CONFIRM else wanted
+            if only is not None and self._ids[only].state in GONE:
+                raise Conflict(f"{self._ids[only].name} is {self._ids[only].state}: it runs nothing any more")
             identity = uuid4()
             self._leases += 1
             t.connection.execute(
@@ -671,7 +742,7 @@ class Store:
                     attempt=0,
                     experiment=order.experiment,
                     rung=order.rung,
-                    wanted_id=owner if order.kind is Kind.CONFIRM else wanted,
+                    wanted_id=only,
                     holder_id=None,
                     closed_by=None,
                     position=self._leases,
@@ -686,16 +757,10 @@ class Store:
         """The first queued lease that this machine can run, now its own, and the experiment that it is about."""
 
         def job(t: Transaction) -> tuple[Row[Any], Row[Any]] | None:
-            query = (
-                select(Lease.__table__)
-                .where(
-                    Lease.state == LeaseState.QUEUED,
-                    Lease.kind.in_(machine.can),
-                    or_(Lease.wanted_id == machine.id, Lease.wanted_id.is_(None)),
-                )
-                .order_by(Lease.position)
-                .limit(1)
-            )
+            now = t.connection.execute(select(Machine.state, Machine.paused).where(Machine.id == machine.id)).one()
+            if now.paused or now.state in GONE:  # since it asked
+                return None
+            query = select(Lease.__table__).where(*self._waiting(machine)).order_by(Lease.position).limit(1)
             if (lease := t.connection.execute(query).first()) is None:
                 return None
             t.connection.execute(
@@ -712,12 +777,15 @@ class Store:
     def has_work_for(self, machine: Member) -> bool:
         """Whether a lease waits that this machine could run; a read, so that most asks write nothing."""
         with self.read() as connection:
-            query = select(Lease.id).where(
-                Lease.state == LeaseState.QUEUED,
-                Lease.kind.in_(machine.can),
-                or_(Lease.wanted_id == machine.id, Lease.wanted_id.is_(None)),
-            )
-            return connection.execute(query.limit(1)).first() is not None
+            return connection.execute(select(Lease.id).where(*self._waiting(machine)).limit(1)).first() is not None
+
+    @staticmethod
+    def _waiting(machine: Member) -> tuple[ColumnElement[bool], ...]:
+        return (
+            Lease.state == LeaseState.QUEUED,
+            Lease.kind.in_([kind for kind in Kind if kind in machine.can]),
+            or_(Lease.wanted_id == machine.id, Lease.wanted_id.is_(None)),
+        )
 
     def granted(self) -> Sequence[Row[Any]]:
         with self.read() as connection:
@@ -747,25 +815,29 @@ class Store:
 
         self.writer.call(job)
 
-    def _release(self, t: Transaction, machine_id: int, keep: set[UUID]) -> None:
+    def _release(self, t: Transaction, machine_id: int, keep: frozenset[UUID]) -> None:
         """Returns what a machine holds, but for what it says it still works on."""
-        self._return(t, (Lease.holder_id == machine_id, Lease.id.not_in(keep)), "its machine is gone")
+        self._return(t, (Lease.holder_id == machine_id,), "its machine is gone", keep)
 
     @staticmethod
-    def _return(t: Transaction, where: tuple[ColumnElement[bool], ...], why: str) -> None:
+    def _return(
+        t: Transaction, where: tuple[ColumnElement[bool], ...], why: str, keep: frozenset[UUID] = frozenset()
+    ) -> None:
         gone = t.connection.execute(
-            select(Lease.id, Lease.attempt).where(Lease.state == LeaseState.GRANTED, *where)
+            select(Lease.id, Lease.attempt).where(Lease.state == LeaseState.GRANTED, *where).order_by(Lease.position)
         ).all()
         for row in gone:
+            if row.id in keep:
+                continue
             t.connection.execute(
                 update(Lease).where(Lease.id == row.id).values(state=LeaseState.QUEUED, holder_id=None)
             )
             t.event("returned", lease=str(row.id), attempt=row.attempt, why=why)
 
     @staticmethod
-    def _close_lease(t: Transaction, identity: UUID, report: ExperimentReport) -> bool:
+    def _close_lease(t: Transaction, machine: Member, identity: UUID, report: ExperimentReport) -> bool:
         """Whether this report closed its lease: its attempt is the latest, also where its term has run out."""
-        if report.lease is None:
+        if report.lease is None or report.lease.attempt < 1:
             return False
         closed = t.connection.execute(
             update(Lease)
@@ -773,6 +845,7 @@ class Store:
                 Lease.id == report.lease.id,
                 Lease.attempt == report.lease.attempt,
                 Lease.state.in_((LeaseState.GRANTED, LeaseState.QUEUED)),
+                or_(Lease.holder_id == machine.id, Lease.holder_id.is_(None)),
             )
             .values(state=LeaseState.DONE, holder_id=None, closed_by=identity)
         )
@@ -836,16 +909,17 @@ class Store:
             (Machine.name, machine),
         ):
             if value is not None:
-                query = query.where(column == value)
+                query = query.where(column == _clean(value))
         group = (Machine.machine_class, board.c.profile, board.c.rung)
         best = board.c.best if self.study.sign > 0 else board.c.best.desc()
         if order == "group":
             rank = func.row_number().over(partition_by=group, order_by=(best.nulls_last(), Machine.name))
             ordered = query.add_columns(rank.label("rank")).order_by(*group, best.nulls_last(), Machine.name)
         else:
-            ordered = query.order_by(board.c.gain_sigmas.desc().nulls_last(), Machine.name)
+            ordered = query.order_by(board.c.gain_sigmas.desc().nulls_last(), Machine.name, *group[1:])
+        limit = min(limit, LISTED)
         with self.read() as connection:
-            rows = connection.execute(ordered.offset(after).limit(min(limit, LISTED) + 1)).all()
+            rows = connection.execute(ordered.offset(after).limit(limit + 1)).all()
         page = rows[:limit]
         return wire.Leaderboard(
             campaign=self.study.name,
@@ -915,7 +989,7 @@ class Store:
             (Experiment.suspect, suspect),
         ):
             if value is not None:
-                query = query.where(column == value)
+                query = query.where(column == _clean(value))
         if after is not None:
             query = query.where(Experiment.position > after if oldest_first else Experiment.position < after)
         limit = min(limit, LISTED)
@@ -933,13 +1007,16 @@ class Store:
         text = identity.lower()
         if re.fullmatch(r"[0-9a-f]{8}-?([0-9a-f]{4}-?){3}[0-9a-f]{12}", text):
             return UUID(text)
-        if not re.fullmatch(r"[0-9a-f-]{4,40}", text):
+        if not re.fullmatch(r"([0-9a-f]-?){4,40}", text):
             raise NotFound(f"no experiment {identity!r}: give its id, or 4 characters or more of it or of its commit")
         low = text.replace("-", "")
-        by_id = and_(Experiment.id >= UUID(low[:32].ljust(32, "0")), Experiment.id <= UUID(low[:32].ljust(32, "f")))
-        commits = [column.between(low, low + "g") for column in (Experiment.tested, Experiment.kept)]
-        with self.read() as connection:
-            found = set(connection.execute(select(Experiment.id).where(or_(by_id, *commits)).limit(3)).scalars())
+        ways = [column.between(low, low + "g") for column in (Experiment.tested, Experiment.kept)]
+        if len(low) <= 32:
+            ways.append(Experiment.id.between(UUID(low.ljust(32, "0")), UUID(low.ljust(32, "f"))))
+        with self.read() as connection:  # one query a way: each has an index
+            found: set[UUID] = set()
+            for way in ways:
+                found.update(connection.execute(select(Experiment.id).where(way).limit(2)).scalars())
         if not found:
             raise NotFound(f"no experiment {identity!r}")
         if len(found) > 1:
@@ -986,12 +1063,22 @@ class Store:
         return _unpacked(row.diff) or ""
 
     def lineage(self, commit: str, limit: int = LISTED) -> list[wire.LineageStep]:
-        """From a kept commit back to the base, newest first. Raises NotFound for a commit that no machine kept."""
+        """From a kept commit (or the beginning of one) back to the base, newest first. Raises NotFound for a commit
+        that no machine kept, Conflict for the beginning of several."""
         steps: list[wire.LineageStep] = []
+        kept, machine, limit = Experiment.kept, None, min(limit, LISTED)
         with self.read() as connection:
-            query = select(Experiment.__table__, Machine.name).join(Machine)
-            at = query.where(Experiment.kept.between(commit, commit + "g")).order_by(Experiment.position).limit(1)
-            while len(steps) < limit and (row := connection.execute(at).first()) is not None:
+            begun = select(kept).where(kept.between(_clean(commit), _clean(commit) + "g")).distinct().limit(2)
+            commits = connection.execute(begun).scalars().all()
+            if len(commits) > 1:
+                raise Conflict(f"{commit!r} is the beginning of several commits; give more of it")
+            at = commits[0] if commits else None
+            while at is not None and len(steps) < limit:
+                # Many machines kept the base: the one whose line this is comes first.
+                query = select(Experiment.__table__, Machine.name).join(Machine).where(kept == at)
+                row = connection.execute(query.order_by(Experiment.machine_id != machine, Experiment.position)).first()
+                if row is None:
+                    break
                 steps.append(
                     wire.LineageStep(
                         commit=row.kept,
@@ -1002,9 +1089,7 @@ class Store:
                         score=row.score,
                     )
                 )
-                if row.parent == row.kept:
-                    break
-                at = query.where(Experiment.kept == row.parent).order_by(Experiment.position).limit(1)
+                machine, at = row.machine_id, None if row.parent == row.kept else row.parent
         if not steps:
             raise NotFound(f"no machine kept a commit {commit!r}")
         return steps
@@ -1130,6 +1215,11 @@ class Store:
         return int(row[0] or 0), int(row[1] or 0)
 
 
+def _here(machine_id: int, profile: str, rung: str) -> tuple[ColumnElement[bool], ...]:
+    """What one standing is about."""
+    return (Experiment.machine_id == machine_id, Experiment.profile == profile, Experiment.rung == rung)
+
+
 def _row(row: Row[Any]) -> dict[str, Any]:
     return {**row._mapping, "machine": row.name}
 
@@ -1140,9 +1230,9 @@ def _run_row(position: int, number: int, run: wire.RunReport) -> dict[str, Any]:
 
 
 def _clean(value: Any) -> Any:
-    """Text that every database takes: PostgreSQL has no NUL."""
+    """Text that every database takes: PostgreSQL has no NUL, and nothing can encode half of a surrogate pair."""
     if isinstance(value, str):
-        return value.replace("\0", "�")
+        return value.replace("\0", "�").encode(errors="replace").decode()
     if isinstance(value, dict):
         return {_clean(key): _clean(inner) for key, inner in value.items()}
     if isinstance(value, list):

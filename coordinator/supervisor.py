@@ -222,3 +222,26 @@ def _kill_marked(marks: set[str]) -> list[psutil.Process]:
                 process.kill()
                 killed.append(process)
     return killed
+
+
+def node_of(worker: psutil.Process) -> str | None:
+    """The Ray node whose agent started it; None for a worker that somebody else started."""
+    try:
+        return worker.environ().get("SWARM_NODE")
+    except psutil.Error:
+        return None
+
+
+def stop_here(home: Path, drain_s: float = 30.0) -> list[str]:
+    """Drains what agents started under `home` on this computer, and names it: for a computer whose Ray is gone.
+
+    While an agent lives here, it starts them again.
+    """
+
+    def foreign(worker: psutil.Process) -> str | None:
+        return None if node_of(worker) else "no agent started it"
+
+    names = sorted(path.stem for path in (home / "slots").glob("*.lock"))
+    ours = [name for name in names if (worker := holder(home, name)) is not None and not foreign(worker)]
+    Supervisor(home, dict.fromkeys(names, ()), lambda _: [], {}, foreign, drain_s).stop()
+    return ours

@@ -2,13 +2,14 @@
 
 With a single writer, events get their positions in commit order on every database, SQLite never meets a lock, and one
 fsync serves all that waited for the last one. A job is a function of a Transaction; it either happens whole, or raises
-to its caller and leaves nothing. NOT covered: a second process writing to the same tables; the coordinator's lock
+to its caller and leaves nothing. A commit that failed may have happened all the same (the answer was lost), so the next
+transaction first reads what is there. NOT covered: a second process writing to the same tables; the coordinator's lock
 keeps one from starting.
 """
 
 from __future__ import annotations
 
-import contextlib
+import logging
 import queue
 import threading
 import time
@@ -17,8 +18,9 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from sqlalchemy import Connection, Engine, insert
+from sqlalchemy import Connection, Engine, insert, select
 from sqlalchemy.exc import InterfaceError, InternalError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from shared.errors import SwarmError
 from shared.wire import Event
@@ -28,7 +30,9 @@ from . import tables
 BATCH = 64  #: jobs committed together at most
 
 T = TypeVar("T")
-_STORAGE = (OperationalError, InterfaceError, InternalError)  #: the database's trouble, not a job's
+TROUBLE = (OperationalError, InterfaceError, InternalError, PoolTimeout)  #: the database's, not a job's
+
+log = logging.getLogger(__name__)
 
 
 class StorageUnavailable(SwarmError):
@@ -43,6 +47,11 @@ class Transaction:
     next_position: int
     at: int
     events: list[Event] = field(default_factory=list)
+    consequences: list[Callable[[], object]] = field(default_factory=list)
+
+    def after_commit(self, consequence: Callable[[], object]) -> None:
+        """For what is kept in memory: called on the writer's thread, in commit order, and only if it is committed."""
+        self.consequences.append(consequence)
 
     def event(self, kind: str, machine: str | None = None, /, **data: Any) -> Event:
         event = Event(position=self.next_position + len(self.events), kind=kind, at=self.at, machine=machine, data=data)
@@ -59,10 +68,18 @@ class _Job:
 class Writer:
     """Commits jobs in the order they came."""
 
-    def __init__(self, engine: Engine, next_event: int, published: Callable[[list[Event]], None]) -> None:
-        """`published` gets each commit's events, in order, on the writer's thread; it must not block."""
-        self._engine, self._published = engine, published
+    def __init__(
+        self,
+        engine: Engine,
+        next_event: int,
+        published: Callable[[list[Event]], None],
+        recovered: Callable[[Connection], None] = lambda _: None,
+    ) -> None:
+        """`published` gets each commit's events, in order, on the writer's thread; it must not block. `recovered` is
+        called there after a failed commit, before anything else is written: memory may lag behind what is stored."""
+        self._engine, self._published, self._recovered = engine, published, recovered
         self._next_event = next_event
+        self._in_doubt = False  #: the last commit failed; whether all of it did is not known
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._closed = False
@@ -110,43 +127,61 @@ class Writer:
                 return
 
     def _commit(self, batch: list[_Job]) -> None:
+        batch = [job for job in batch if job.future.set_running_or_notify_cancel()]
+        if not batch:
+            return
         done: list[tuple[_Job, Any]] = []
         failed: list[tuple[_Job, Exception]] = []
         events: list[Event] = []
+        consequences: list[Callable[[], object]] = []
         try:
             with self._engine.begin() as connection:
+                if self._in_doubt:
+                    events += self._missed(connection)
                 for job in batch:
                     transaction = Transaction(connection, self._next_event + len(events), int(time.time()))
                     try:
-                        with connection.begin_nested() if len(batch) > 1 else contextlib.nullcontext():
-                            done.append((job, job.run(transaction)))
+                        with connection.begin_nested():
+                            value = job.run(transaction)
                             self._record(connection, transaction.events)
-                    except _STORAGE:
+                    except TROUBLE:
                         raise
                     except Exception as error:
-                        done = [pair for pair in done if pair[0] is not job]
                         failed.append((job, error))
-                        if len(batch) == 1:
-                            raise
                     else:
+                        done.append((job, value))
                         events += transaction.events
-        except _STORAGE as error:
-            self.fault = " ".join(str(error.orig).split())
+                        consequences += transaction.consequences
+        except Exception as error:  # jobs' own are in `failed`: whatever comes here kept the transaction from happening
+            self._in_doubt = True
+            self.fault = " ".join(str(getattr(error, "orig", None) or error).split())
             for job in batch:
                 job.future.set_exception(StorageUnavailable(f"the database took nothing: {self.fault}"))
             return
-        except Exception:
-            if not failed:
-                raise
-        else:
-            self.fault = None
+        self._in_doubt, self.fault = False, None
         self._next_event += len(events)
-        if events:
-            self._published(events)
+        self._tell(events, consequences)
         for job, value in done:
             job.future.set_result(value)
         for job, problem in failed:
             job.future.set_exception(problem)
+
+    def _tell(self, events: list[Event], consequences: list[Callable[[], object]]) -> None:
+        """The thread outlives a listener's fault: all that is written after it goes through here."""
+        try:
+            for consequence in consequences:
+                consequence()
+            if events:
+                self._published(events)
+        except Exception:
+            log.exception("what was committed could not be told")
+
+    def _missed(self, connection: Connection) -> list[Event]:
+        """Events of a commit that failed as far as we knew, and was made."""
+        self._recovered(connection)
+        events = tables.Event.__table__
+        query = select(events).where(events.c.position >= self._next_event).order_by(events.c.position)
+        return [Event.model_validate(dict(row._mapping)) for row in connection.execute(query)]
 
     @staticmethod
     def _record(connection: Connection, events: list[Event]) -> None:

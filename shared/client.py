@@ -7,7 +7,7 @@ NOT covered: retries; who calls knows how long it can wait.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 from uuid import UUID
 
@@ -15,7 +15,7 @@ import httpx
 from pydantic import BaseModel, ValidationError
 
 from . import wire
-from .errors import Refused, SwarmError
+from .errors import BadInput, Refused, SwarmError
 from .wire import API, INCARNATION
 
 DEFAULT_URL = "http://127.0.0.1:8420"
@@ -43,9 +43,15 @@ class CoordinatorClient:
     """Calls to one coordinator. Safe to use from several threads."""
 
     def __init__(self, url: str, token: str | None = None, http: httpx.Client | None = None) -> None:
-        """`http`: another transport, for tests (starlette's TestClient). Certificates: SSL_CERT_FILE adds one."""
+        """`http`: another transport, for tests (starlette's TestClient). Certificates: SSL_CERT_FILE adds one.
+
+        Raises BadInput for an address that is none.
+        """
         self.url, self.token = url.rstrip("/"), token
-        self._http = http or httpx.Client(base_url=self.url, timeout=TIMEOUT_S, follow_redirects=False)
+        try:
+            self._http = http or httpx.Client(base_url=self.url, timeout=TIMEOUT_S, follow_redirects=False)
+        except httpx.InvalidURL as error:
+            raise BadInput(f"{url}: no address of a coordinator: {error}") from None
         self.incarnation = 0
 
     def close(self) -> None:
@@ -113,8 +119,22 @@ class CoordinatorClient:
         except (httpx.HTTPError, ValueError) as error:
             raise self._away(error) from None
 
-    def events(self, after: int | None = None) -> Iterator[wire.Event]:
-        """Events as they come, from now on or from after a position; raises Away when the line breaks."""
+    def last_event(self) -> int:
+        """Position of the latest event, 0 before the first."""
+        try:
+            answer = self._http.get("/metrics", headers=self._headers())
+        except (httpx.HTTPError, OSError) as error:
+            raise self._away(error) from None
+        if answer.status_code != 200:
+            self._raise(answer)
+        counted = [line.split()[1] for line in answer.text.splitlines() if line.startswith("swarm_events_total ")]
+        return int(float(counted[0])) if counted else 0
+
+    def events(self, after: int | None = None, opened: Callable[[], None] = lambda: None) -> Iterator[wire.Event]:
+        """Events as they come, from now on or from after a position; raises Away when the line breaks.
+
+        `opened` is called once the line stands: nothing that happens from then on is missed.
+        """
         headers = self._headers() | ({"Last-Event-ID": str(after)} if after is not None else {})
         timeout = httpx.Timeout(TIMEOUT_S, read=60.0)
         try:
@@ -122,6 +142,7 @@ class CoordinatorClient:
                 if answer.status_code != 200:
                     answer.read()
                     self._raise(answer)
+                opened()
                 for line in answer.iter_lines():
                     if line.startswith("data: "):
                         yield wire.Event.model_validate_json(line[6:])

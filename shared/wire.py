@@ -21,8 +21,9 @@ MAX_DIFF_BYTES = 512 * 1024  #: of one experiment's diff
 MAX_LOG_BYTES = 64 * 1024  #: of one experiment's log tail
 SELF = "self"  #: in place of its name, in a machine's own calls
 
-COMMIT = r"^[0-9a-f]{40}$"
+COMMIT = r"^[0-9a-f]{7,40}$"  #: whole from a machine; a log from elsewhere has only its first 7 digits
 Commit = Annotated[str, Field(pattern=COMMIT)]
+NO_COMMIT = "0" * 40  #: git's own word for none: a log from elsewhere does not name it
 Words = Annotated[str, Field(max_length=2000)]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$", max_length=63)]
 

@@ -4,26 +4,19 @@ from __future__ import annotations
 
 import datetime
 import json
-import signal
 import sys
-import tempfile
 import threading
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from types import FrameType
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
 from shared import git
-from shared.errors import AlreadyThere, BadInput, SwarmError
+from shared.errors import AlreadyThere, BadInput
 
 from . import campaign as campaigns
 from . import preparing, results
@@ -35,45 +28,10 @@ from .plot import plot as draw
 from .proposers.search import Search
 from .screen import TerminalScreen
 from .setup import Setup, latest_state, locked, propose_tag
+from .terminal import DataBar, Json, app, console, say, stopping
 
-app = typer.Typer(
-    help="Autoresearch on your own machines: an agent edits, a fixed-budget run scores, git keeps the gain.",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-)
-console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 200)
-
-Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 Here = Annotated[Path, typer.Option("--dir", "-C", help="The campaign's task directory.", show_default="here")]
 DEMO_EXPERIMENTS = 10
-
-
-def run_app() -> None:
-    """Runs the commands: messages instead of tracebacks for what a person can mend."""
-    git.forget_caller()
-    try:
-        app(standalone_mode=False)
-    except SwarmError as error:
-        print(f"swarm: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
-    except typer.Exit as leave:
-        sys.exit(leave.exit_code)
-    except OSError as error:
-        print(f"swarm: {error}", file=sys.stderr)
-        sys.exit(BadInput.exit_code)
-    except (typer.Abort, KeyboardInterrupt):
-        print("swarm: stopped", file=sys.stderr)
-        sys.exit(130)
-    except Exception as error:
-        if hasattr(error, "show") and hasattr(error, "exit_code"):  # click's own usage errors
-            error.show()
-            sys.exit(error.exit_code)
-        raise
-
-
-def _say(as_json: bool, value: dict[str, Any], text: str) -> None:
-    print(json.dumps(value) if as_json else text)
 
 
 @app.command()
@@ -96,7 +54,7 @@ def init(
         profile, backend = profile or "tiny", backend or "torch"
         campaigns.check(directory, profile, backend)
         made = campaigns.create(directory, profile, backend, preparing.data_name(data))
-    _say(
+    say(
         as_json,
         {"directory": str(made.folder), "task": made.task.name},
         f"campaign {made.task.name!r} in {made.folder}\nnext: cd {made.folder} && swarm run",
@@ -121,7 +79,7 @@ def prepare(
             f"--data {data}: is {given!r}, the task's data is {task.data!r}; set `data: {given}` in the task"
         )
     made = _prepare(campaign, name)
-    _say(
+    say(
         as_json,
         asdict(made),
         f"{made.train_rows} training rows ({made.lost_train:.1%} of the tokens lost in packing), "
@@ -131,35 +89,8 @@ def prepare(
 
 
 def _prepare(campaign: Campaign, profile: str) -> preparing.Prepared:
-    with _Bar() as bar:
+    with DataBar() as bar:
         return preparing.prepare(campaign.folder, campaign.task, profile, bar.update)
-
-
-class _Bar:
-    """A progress bar for data preparation, on a terminal only; errors and results go elsewhere."""
-
-    def __init__(self) -> None:
-        self._progress = Progress(
-            TextColumn("{task.description:<10}"),
-            BarColumn(),
-            TextColumn("{task.completed}/{task.total}"),
-            console=Console(stderr=True),
-            transient=True,
-            disable=not sys.stderr.isatty(),
-        )
-        self._tasks: dict[str, Any] = {}
-
-    def __enter__(self) -> _Bar:
-        self._progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._progress.stop()
-
-    def update(self, stage: str, done: int, of: int) -> None:
-        if stage not in self._tasks:
-            self._tasks[stage] = self._progress.add_task(stage, total=of)
-        self._progress.update(self._tasks[stage], completed=done, total=of)
 
 
 @app.command()
@@ -190,7 +121,7 @@ def _research(campaign: Campaign, machine: MachineProfile, tag: str, experiments
     console.print(f"{setup.branch} on {machine.accelerator or machine.chip} ({machine.machine_class})")
     screen = TerminalScreen(console, campaign.task.sign)
     with locked(setup.state):
-        with _Bar() as bar:
+        with DataBar() as bar:
             proposer = Search(campaign.task, seed=zlib.crc32(setup.branch.encode()))
             loop = setup.loop(proposer, screen, stop, bar.update)
         journal = setup.journal
@@ -200,14 +131,14 @@ def _research(campaign: Campaign, machine: MachineProfile, tag: str, experiments
                 f"data {campaign.task.data}: {setup.prepared.train_rows} rows, {setup.prepared.lost_train:.1%} lost"
             )
         try:
-            with screen, _stopping(stop):
+            with screen, stopping(stop):
                 loop.establish()
         except BaselineFailed:
             print(journal.experiments[0].tail, file=sys.stderr)
             setup.undo_without_baseline()
             raise
         if not stop.is_set() and (yes or _approved(journal)):
-            with screen, _stopping(stop):
+            with screen, stopping(stop):
                 loop.go(experiments)
         journal.close()
     if standing := results.standing(journal, campaign.task):
@@ -223,23 +154,6 @@ def _approved(journal: Journal) -> bool:
         journal.append("approved")
         return True
     return False
-
-
-@contextmanager
-def _stopping(stop: threading.Event) -> Iterator[None]:
-    """Ctrl-C and SIGTERM end the run in progress cleanly; a second one ends us at once."""
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        if stop.is_set():
-            raise KeyboardInterrupt
-        stop.set()
-
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, action in before.items():
-            signal.signal(number, action)
 
 
 def _summary(standing: results.Standing, campaign: Campaign) -> str:
@@ -303,7 +217,7 @@ def plot(
         raise BadInput(f"--out {out}: {out.absolute().parent} is no directory")
     campaign, journal, state = _journal(here)
     draw(journal.experiments, campaign.task, f"{campaign.task.name}, {state.name}", out)
-    _say(as_json, {"plot": str(out.resolve())}, f"plot {out.resolve()}")
+    say(as_json, {"plot": str(out.resolve())}, f"plot {out.resolve()}")
 
 
 @app.command()
@@ -327,26 +241,8 @@ def best(
         target.write_bytes(repo.show(journal.head.kept, prefix + name).encode())
     standing = results.standing(journal, campaign.task)
     assert standing is not None
-    _say(
+    say(
         as_json,
         {"files": [str(target) for target in targets.values()], "score": standing.best, "commit": journal.head.kept},
         f"{', '.join(map(str, targets.values()))}: {campaign.task.metric} {standing.best:.6f}, {journal.head.kept[:7]}",
     )
-
-
-@app.command()
-def demo(
-    experiments: Annotated[int, typer.Option(min=1, help="How many ideas to try.")] = DEMO_EXPERIMENTS,
-) -> None:
-    """The whole thing on this computer, in a new temporary directory: prepare, baseline, ideas, table, picture."""
-    folder = Path(tempfile.mkdtemp(prefix="swarm-demo-")) / "demo"
-    campaign = campaigns.create(folder, "tiny", "torch", "sotu")
-    made = _prepare(campaign, "tiny")
-    console.print(f"campaign in {folder}; {made.train_rows} rows packed, {made.lost_train:.1%} of the tokens lost")
-    machine = detect()
-    tag = propose_tag(campaign, machine.name, datetime.date.today())
-    setup = _research(campaign, machine, tag, experiments, yes=True)
-    show_results(folder, as_json=False)
-    picture = folder / "progress.png"
-    plot(picture, folder, as_json=False)
-    console.print(f"the research log: git -C {folder} log {setup.branch}")

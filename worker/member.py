@@ -256,10 +256,11 @@ class Member:
         """Branch and attic together. Raises Away when it may work later; a refusal is noted."""
         self._push_due, attempts = False, self._attempts
         repo, remote = self._remote.repo, self._remote
-        sources = {remote.branch: remote.kept(), remote.attic: repo.resolve(remote.attic)}
-        refs = [f"{commit}:{ref}" for ref, commit in sources.items() if commit]
-        if not refs:
-            return
+        if (kept := remote.kept()) is None:
+            return  # a set-up whose baseline fails is undone, its attic with it: nothing of it may be on the hub
+        refs = [f"{kept}:{remote.branch}"]
+        if attic := repo.resolve(remote.attic):
+            refs.append(f"{attic}:{remote.attic}")
         try:
             environment = http_environment(self._client.url, self._client.token)
             repo.run("push", "--quiet", "--atomic", self._remote.url, *refs, environment=environment)
@@ -267,6 +268,8 @@ class Member:
             if any(sign in str(error) for sign in ("rejected", "declined", "denied", "swarm hub")):
                 self._note(f"the hub refuses a push: {error}")
                 return
+            if "could not read Username" in str(error):  # what git makes of a 401
+                error = GitError(f"{remote.url}: the token is refused")
             self._push_due = True
             raise Away(str(error)) from None
         self._attempts -= attempts

@@ -9,13 +9,15 @@ from typing import Annotated, Any
 
 from fastapi import Depends, Header, Request
 
-from shared.wire import INCARNATION, Role
+from shared.errors import Refused
+from shared.wire import INCARNATION, RETIRED, MachineState, Role
 
 from ..auth import Caller, Forbidden, Unauthorized
 from ..service import Service
-from ..store import Member
+from ..store import Conflict, Member
 
 LOOK = (Role.VIEWER, Role.WORKER, Role.ADMIN)
+LARGEST = 2**63 - 1  #: that a database holds in an integer
 
 
 def token_of(authorization: str) -> str | None:
@@ -42,14 +44,24 @@ class Gate:
 
     def role(self, *roles: Role) -> Callable[[Request], Awaitable[Caller]]:
         async def check(request: Request) -> Caller:
-            caller = self._service.tokens.caller(token_of(request.headers.get("authorization", "")))
+            token = token_of(request.headers.get("authorization", ""))
+            caller = self._service.tokens.caller(token)
             if caller is None:
-                raise Unauthorized("a token is needed: --token or SWARM_TOKEN (`swarm token create` makes one)")
+                raise self._refusal(token)
             if not caller.may(*roles):
                 raise Forbidden(f"a token of role {caller.role} may not do this; it takes {' or '.join(roles)}")
             return caller
 
         return check
+
+    def _refusal(self, token: str | None) -> Refused:
+        """Why a token, or none, does not open. A retired machine must hear that it is, so that its worker ends."""
+        former = self._service.tokens.former(token)
+        if former is not None and (member := self._service.store.member_by_id(former)).state is MachineState.RETIRED:
+            return Conflict(f"{member.name} was retired", RETIRED)
+        if token is not None:
+            return Unauthorized("this token is not known here, or not any more (`swarm token create` makes one)")
+        return Unauthorized("a token is needed: --token or SWARM_TOKEN (`swarm token create` makes one)")
 
     def speaker(self) -> Any:
         """The machine that is calling, at its present incarnation."""

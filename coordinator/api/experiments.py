@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 from uuid import UUID
@@ -17,27 +18,35 @@ from shared.wire import Kind, Status
 from .. import leaderboard
 from ..service import Service
 from ..store import LISTED
-from .access import Gate
+from .access import LARGEST, Gate
 from .examples import EXPERIMENT, LEADERBOARD
 
 Limit = Annotated[int, Query(ge=1, le=LISTED)]
+Position = Annotated[int, Query(ge=0, le=LARGEST)]
 Accept = Annotated[str, Header()]
+_VARY = {"Vary": "Accept"}  #: for caches
 
-#: media type -> how a leaderboard is written in it; the first is the default
-_FORMS = ("application/json", "text/tab-separated-values", "text/plain")
+#: How a leaderboard is written; where several are equally welcome, the first of them.
+_FORMS = ("application/json", "text/plain", "text/tab-separated-values")
 
 
 def preferred(accept: str) -> str:
-    """The form that an Accept header likes best (RFC 9110, quality values); JSON where it does not care."""
-    best, liked = _FORMS[0], 0.0
-    for part in accept.split(","):
+    """The form that an Accept header likes best (RFC 9110): the most specific range that fits a form says its quality.
+
+    JSON where it does not care or names nothing that we have.
+    """
+    ranges: dict[str, float] = {}
+    for part in accept.lower().split(","):
         media, *parameters = (piece.strip() for piece in part.split(";"))
-        quality = next((p[2:] for p in parameters if p.startswith("q=")), "1")
-        weight = float(quality) if quality.replace(".", "", 1).isdigit() else 0.0
-        named = [form for form in _FORMS if media == form or (media == "text/*" and form == "text/plain")]
-        if named and weight > liked:
-            best, liked = named[0], weight
-    return best
+        quality = next((p[2:].strip() for p in parameters if p.startswith("q=")), "1")
+        ranges[media] = float(quality) if re.fullmatch(r"[01](\.\d{0,3})?", quality) else 0.0
+
+    def liked(form: str) -> float:
+        fitting = (form, f"{form.partition('/')[0]}/*", "*/*")
+        return next((ranges[media] for media in fitting if media in ranges), 0.0)
+
+    best = max(_FORMS, key=liked)
+    return best if liked(best) else _FORMS[0]
 
 
 def router(service: Service, gate: Gate) -> APIRouter:
@@ -63,7 +72,7 @@ def router(service: Service, gate: Gate) -> APIRouter:
         profile: str | None = None,
         rung: str | None = None,
         machine: str | None = None,
-        after: Annotated[int, Query(ge=0)] = 0,
+        after: Position = 0,
         limit: Limit = 100,
         accept: Accept = "application/json",
     ) -> Any:
@@ -71,10 +80,10 @@ def router(service: Service, gate: Gate) -> APIRouter:
         found = store.leaderboard(order, machine_class, profile, rung, machine, after, limit)
         match preferred(accept):
             case "text/tab-separated-values" as media:
-                return PlainTextResponse(leaderboard.to_tsv(found), media_type=media)
+                return PlainTextResponse(leaderboard.to_tsv(found), headers=_VARY, media_type=media)
             case "text/plain":
-                return PlainTextResponse(leaderboard.to_text(found))
-        return Response(found.model_dump_json(), media_type="application/json")
+                return PlainTextResponse(leaderboard.to_text(found), headers=_VARY)
+        return Response(found.model_dump_json(), headers=_VARY, media_type="application/json")
 
     @routes.get("/experiments")
     def experiments(
@@ -87,7 +96,7 @@ def router(service: Service, gate: Gate) -> APIRouter:
         idea: UUID | None = None,
         suspect: bool | None = None,
         order: Literal["newest", "oldest"] = "newest",
-        after: int | None = None,
+        after: Position | None = None,
         limit: Limit = 100,
     ) -> wire.ExperimentPage:
         """In the order of arrival; `next` of one page is `after` of the following one."""
@@ -135,7 +144,7 @@ def router(service: Service, gate: Gate) -> APIRouter:
         return store.lineage(commit, limit)
 
     @routes.get("/ideas")
-    def ideas(after: int | None = None, limit: Limit = 100) -> dict[str, Any]:
+    def ideas(after: Position | None = None, limit: Limit = 100) -> dict[str, Any]:
         found, following = store.ideas(after, limit)
         return {"ideas": [idea.model_dump(mode="json") for idea in found], "next": following}
 

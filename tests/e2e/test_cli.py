@@ -21,7 +21,7 @@ HOME_VARIABLES = {"PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": str(ROOT)}
 
 def swarm(*arguments: str | Path, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "worker.cli", *map(str, arguments)],
+        [sys.executable, "-m", "coordinator.cli", *map(str, arguments)],
         cwd=cwd,
         env={**os.environ, **HOME_VARIABLES, **environment},
         capture_output=True,
@@ -143,7 +143,7 @@ def test_without_a_terminal_it_wants_a_yes(task: Path) -> None:
 
 def start(task: Path, start_new_session: bool = False, **environment: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", "worker.cli", "run", "--yes", "--name", "m1", "--tag", "t"],
+        [sys.executable, "-m", "coordinator.cli", "run", "--yes", "--name", "m1", "--tag", "t"],
         cwd=task,
         env={**os.environ, **HOME_VARIABLES, **environment},
         stdout=subprocess.PIPE,
@@ -301,7 +301,7 @@ def test_ctrl_c_to_the_whole_group_ends_cleanly_whenever_it_comes(task: Path) ->
 def test_four_machines_start_at_once_in_one_campaign(task: Path) -> None:
     workers = [
         subprocess.Popen(
-            [sys.executable, "-m", "worker.cli", "run", "--yes", "--name", f"m{n}", "--tag", "t", "--experiments", "3"],
+            [sys.executable, "-m", "coordinator.cli", "run", "--yes", "--name", f"m{n}", "--tag", "t", "--experiments", "3"],
             cwd=task,
             env={**os.environ, **HOME_VARIABLES},
             stdout=subprocess.PIPE,

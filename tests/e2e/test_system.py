@@ -37,12 +37,12 @@ def test_the_benchmark_of_the_loop_still_runs() -> None:
 
 def test_the_demo_finds_something_better_than_the_baseline(tmp_path: Path) -> None:
     environment = {**os.environ, "AUTORESEARCH_CACHE": str(tmp_path / "cache"), "TMPDIR": str(tmp_path)}
-    script = [sys.executable, "-m", "worker.cli", "demo"]
+    script = [sys.executable, "-m", "coordinator.cli", "demo"]
     done = subprocess.run(script, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900, check=False)
     print(done.stdout)
     assert done.returncode == 0, done.stdout + done.stderr
     [campaign] = tmp_path.glob("swarm-demo-*/demo")
-    show = [sys.executable, "-m", "worker.cli", "results", "--json", "--dir", str(campaign)]
+    show = [sys.executable, "-m", "coordinator.cli", "results", "--json", "--dir", str(campaign)]
     shown = json.loads(subprocess.run(show, cwd=ROOT, capture_output=True, text=True, check=True).stdout)
     standing = shown["standing"]
     assert standing["experiments"] == 10

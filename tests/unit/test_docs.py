@@ -13,7 +13,7 @@ from shared.prepare.constants import PROFILES
 from shared.task import Range, RatchetSettings, Rung, TaskSpec
 from shared.wire import Status
 from tests.conftest import ROOT
-from worker.cli import app
+from coordinator.cli import app
 
 CLI = (ROOT / "docs" / "cli.md").read_text()
 SETTINGS = (ROOT / "docs" / "settings.md").read_text()
