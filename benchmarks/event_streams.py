@@ -25,6 +25,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -123,8 +124,8 @@ async def measure(url: str, options: argparse.Namespace) -> Figures:
     host = urlsplit(url).netloc
     client = CoordinatorClient(url)
     client.register(wire.Registration(version="0", uid=uuid.uuid4(), name="source", machine_class="cpu"))
-    for number in range(PRELOAD):
-        send(client, number, "x" * 2000)
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(lambda number: send(client, number, "x" * 2000), range(PRELOAD)))
     start = client.last_event()
     idle = await asked(url, 3.0)
 

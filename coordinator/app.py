@@ -15,7 +15,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from shared.errors import BadInput, Refused, SwarmError
 from shared.wire import API, Problem
@@ -41,10 +41,14 @@ _PROBLEMS: tuple[tuple[type[SwarmError], int, str, bool], ...] = (
     (BadInput, 422, "Not acceptable", False),
     (Refused, 409, "Refused", False),
 )
+_DESCRIBED = {
+    "description": "A problem (RFC 9457), its detail one line for people",
+    "content": {"application/problem+json": {"schema": Problem.model_json_schema()}},
+}
 RETRY_AFTER_S = 5
 
 
-def create_app(service: Service, *, loopback: bool = True) -> ASGIApp:
+def create_app(service: Service, *, loopback: bool = True) -> Front:
     """`loopback`: only this computer can connect; then, without tokens, only requests to its own name are answered."""
     api = FastAPI(
         title="Ratchet swarm coordinator",
@@ -54,6 +58,8 @@ def create_app(service: Service, *, loopback: bool = True) -> ASGIApp:
         openapi_url=f"{API}/openapi.json",
         docs_url=f"{API}/docs",
         redoc_url=None,
+        swagger_ui_oauth2_redirect_url=None,
+        responses={"default": _DESCRIBED},
     )
     gate = Gate(service)
     for module in (machines, experiments, admin):
@@ -116,12 +122,12 @@ def problem(status: int, title: str, detail: str, retry: bool, kind: str = "abou
 class Front:
     """What every request meets first: the hub beside the API, a limit on bodies, and whom we listen to at all."""
 
-    def __init__(self, service: Service, api: ASGIApp, *, loopback: bool) -> None:
-        self._service, self._api, self._loopback = service, api, loopback
+    def __init__(self, service: Service, api: FastAPI, *, loopback: bool) -> None:
+        self._service, self.api, self._loopback = service, api, loopback
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
-            await self._api(scope, receive, send)
+            await self.api(scope, receive, send)
             return
         scope = {**scope, ABORT: _aborting(send)}
         headers = dict(scope["headers"])
@@ -139,7 +145,7 @@ class Front:
                 refusal = problem(413, "Too large", f"a request has {limit} bytes at most", False)
                 await refusal(scope, receive, send)
             else:
-                await self._api(scope, _limited(receive, limit), send)
+                await self.api(scope, _limited(receive, limit), send)
 
 
 def _is_ours(headers: dict[bytes, bytes]) -> bool:

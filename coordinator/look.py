@@ -167,7 +167,8 @@ def _event(event: Event) -> tuple[object, ...]:
     if event.kind in ("experiment", "revised"):
         words = f"#{data.get('number')} {data.get('status')} {number(data.get('score'))} {data.get('description')}"
     else:
-        words = " ".join(f"{key} {value}" for key, value in data.items() if value is not None)
+        pairs = ((key, number(v) if isinstance(v, float) else v) for key, v in data.items() if v is not None)
+        words = " ".join(f"{key} {value}" for key, value in pairs)
     return clock(event.at), event.kind, event.machine, words
 
 

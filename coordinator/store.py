@@ -486,9 +486,6 @@ class Store:
         if report.runs:
             t.connection.execute(insert(Run), [_run_row(position, n, run) for n, run in enumerate(report.runs)])
         self._count_idea(t, machine, report, position, stored.status if stored is not None else None)
-        if standing is not None and standing.suspects and not suspect and (stored is None or stored.suspect):
-            self._believe_later(t, machine.id, report.profile, report.rung, report.number)
-        self._update_standing(t, machine, report, standing, stored.status if stored is not None else None)
         t.event(
             "experiment" if stored is None else "revised",
             machine.name,
@@ -503,6 +500,9 @@ class Store:
             suspect=suspect,
             confirmed=report.confirmed,
         )
+        if standing is not None and standing.suspects and not suspect and (stored is None or stored.suspect):
+            self._believe_later(t, machine.id, report.profile, report.rung, report.number)
+        self._update_standing(t, machine, report, standing, stored.status if stored is not None else None)
         return wire.Accepted(stored=True, suspect=suspect, closed=self._close_lease(t, machine, identity, report))
 
     def _insert_experiment(

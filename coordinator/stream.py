@@ -38,10 +38,16 @@ class Dropped(Exception):
 class Stream:
     """Fan-out of committed events. `publish` comes from the writer's thread; all else runs on the event loop."""
 
-    def __init__(self, read: Callable[[int, int], list[Event]]) -> None:
+    def __init__(
+        self,
+        read: Callable[[int, int], list[Event]],
+        ring: int = RING,
+        stall_s: float = STALL_S,
+        keepalive_s: float = KEEPALIVE_S,
+    ) -> None:
         """`read(after, limit)`: events from the database."""
-        self._read = read
-        self._ring: deque[Item] = deque(maxlen=RING)
+        self._read, self.stall_s, self.keepalive_s = read, stall_s, keepalive_s
+        self._ring: deque[Item] = deque(maxlen=ring)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._news: asyncio.Event | None = None
         self._waiters: set[asyncio.Future[None]] = set()
@@ -121,8 +127,8 @@ class Stream:
                 after = items[-1][0]
                 chunk = b"".join(data for _, kind, data in items if not kinds or kind in kinds)
             else:
-                await self._wait(quiet_since + KEEPALIVE_S - clock())
-            if chunk or clock() - quiet_since >= KEEPALIVE_S:  # also where only unwanted kinds come
+                await self._wait(quiet_since + self.keepalive_s - clock())
+            if chunk or clock() - quiet_since >= self.keepalive_s:  # also where only unwanted kinds come
                 quiet_since = clock()
                 yield chunk or b": alive\n\n"
 
@@ -139,7 +145,7 @@ class Stream:
             self.dropped += 1
             if (abort := scope.get(ABORT)) is not None:
                 abort()
-                await asyncio.wait({gone}, timeout=STALL_S)  # the server hears of it a moment later
+                await asyncio.wait({gone}, timeout=self.stall_s)  # the server hears of it a moment later
         finally:
             self.listeners -= 1
             gone.cancel()
@@ -152,18 +158,17 @@ class Stream:
             (b"x-accel-buffering", b"no"),
         ]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
-        await _put(send, b"retry: 2000\n\n")
+        await self._put(send, b"retry: 2000\n\n")
         async for chunk in self.listen(after, kinds):
-            await _put(send, chunk)
-        await _put(send, b"", more=False)
+            await self._put(send, chunk)
+        await self._put(send, b"", more=False)
 
-
-async def _put(send: Send, body: bytes, more: bool = True) -> None:
-    try:
-        async with asyncio.timeout(STALL_S):
-            await send({"type": "http.response.body", "body": body, "more_body": more})
-    except TimeoutError:
-        raise Dropped from None
+    async def _put(self, send: Send, body: bytes, more: bool = True) -> None:
+        try:
+            async with asyncio.timeout(self.stall_s):
+                await send({"type": "http.response.body", "body": body, "more_body": more})
+        except TimeoutError:
+            raise Dropped from None
 
 
 def _wake(waiters: Iterable[asyncio.Future[None]]) -> None:

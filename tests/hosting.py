@@ -15,8 +15,8 @@ from typing import Any
 from starlette.testclient import TestClient
 
 from coordinator.app import create_app
-from coordinator.serving import Address, server_of
 from coordinator.service import NO_FILES, Files, Service
+from coordinator.serving import Address, server_of
 from coordinator.settings import Limits, Settings, sqlite_url
 from shared import wire
 from shared.client import CoordinatorClient

@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
 
-import psycopg
 import pytest
 
 KINDS = ("sqlite", "postgresql")
@@ -27,6 +26,11 @@ class Server:
 
     def __init__(self) -> None:
         """Raises Missing."""
+        try:
+            import psycopg
+        except ImportError:
+            raise Missing("no PostgreSQL here: psycopg is not installed (extra `postgres`)") from None
+        self._connect = psycopg.connect
         self._programs = _programs()
         self._user = _user()
         self._folder = Path(tempfile.mkdtemp(prefix="pg-", dir="/tmp"))  # a socket's path has 107 bytes at most
@@ -35,7 +39,7 @@ class Server:
         with socket.create_server(("127.0.0.1", 0)) as free:
             self.port: int = free.getsockname()[1]
         self._numbers = count(1)
-        options = ("-U", "postgres", "-A", "trust", "-E", "UTF8", "--locale=C.UTF-8", "--no-sync", "-D", "data")
+        options = ("-U", "postgres", "-A", "trust", "-E", "UTF8", "--locale=C", "--no-sync", "-D", "data")
         try:
             self._run("initdb", *options)
             self.start()
@@ -49,12 +53,12 @@ class Server:
     def database(self) -> str:
         """The address of a new, empty one."""
         name = f"t{next(self._numbers)}"
-        with psycopg.connect(self.url(), autocommit=True) as connection:
+        with self._connect(self.url(), autocommit=True) as connection:
             connection.execute(f"CREATE DATABASE {name}")
         return self.url(name)
 
     def drop(self, url: str) -> None:
-        with psycopg.connect(self.url(), autocommit=True) as connection:
+        with self._connect(self.url(), autocommit=True) as connection:
             connection.execute(f"DROP DATABASE {url.rpartition('/')[2]} WITH (FORCE)")
 
     def start(self) -> None:
@@ -77,7 +81,7 @@ class Server:
             cwd=self._folder,
             user=self._user,
             extra_groups=None if self._user is None else [],
-            env={"PATH": os.environ["PATH"], "LC_ALL": "C.UTF-8", "HOME": str(self._folder)},
+            env={"PATH": os.environ["PATH"], "LC_ALL": "C", "HOME": str(self._folder)},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,  # a pipe would be inherited by the server, and never end
             stderr=subprocess.DEVNULL,

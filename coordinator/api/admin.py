@@ -26,8 +26,10 @@ from .access import LARGEST, Gate
 class _Feed(Response):
     """A response that is the event stream."""
 
-    def __init__(self, stream: Stream, after: int, kinds: frozenset[str]) -> None:
-        super().__init__(media_type="text/event-stream")
+    media_type = "text/event-stream"
+
+    def __init__(self, stream: Stream, after: int, kinds: frozenset[str], status_code: int = 200) -> None:
+        super().__init__(status_code=status_code)  # FastAPI's description of the API looks for the argument
         self._stream, self._after, self._kinds = stream, after, kinds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from enum import StrEnum
 from typing import Any
 
 import pytest
 import typer
 
 from shared.prepare.constants import PROFILES
-from shared.task import Range, RatchetSettings, Rung, TaskSpec
-from shared.wire import Status
+from shared.task import Range, RatchetSettings, Rung, SanityBounds, TaskSpec
+from shared.wire import Kind, LeaseState, MachineState, Role, Status
 from tests.conftest import ROOT
 from coordinator.cli import app
 
@@ -23,12 +24,16 @@ SOURCES = [p for folder in ("shared", "worker", "coordinator") for p in (ROOT / 
 
 def commands() -> Iterator[tuple[str, Any]]:
     group: Any = typer.main.get_command(app)
-    yield from group.commands.items()
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from ((f"{name} {inner}", sub) for inner, sub in command.commands.items())
+        else:
+            yield name, command
 
 
 @pytest.mark.parametrize(("name", "command"), list(commands()))
 def test_each_command_and_its_options_are_in_the_table(name: str, command: Any) -> None:
-    [row] = [line for line in CLI.splitlines() if line.startswith(f"| `swarm {name}")]
+    [row] = [line for line in CLI.splitlines() if re.match(rf"\| `swarm {name}[ `]", line)]
     everywhere = {"--dir", "--json", "--help"}
     for parameter in command.params:
         longest = max(parameter.opts, key=len)
@@ -37,7 +42,7 @@ def test_each_command_and_its_options_are_in_the_table(name: str, command: Any) 
     assert command.help
 
 
-@pytest.mark.parametrize("model", [TaskSpec, RatchetSettings, Range, Rung])
+@pytest.mark.parametrize("model", [TaskSpec, RatchetSettings, Range, Rung, SanityBounds])
 def test_each_key_of_the_task_is_explained(model: type[TaskSpec]) -> None:
     for key in model.model_fields:
         assert re.search(rf"`[^`]*\b{key}\b[^`]*`", SETTINGS), key
@@ -55,6 +60,14 @@ def test_each_status_is_explained_where_it_is_declared_and_in_the_glossary() -> 
     for status in Status:
         assert re.search(rf'= "{status}"  #: .{{10,}}', declared), status
         assert f"| `{status}` |" in GLOSSARY, status
+
+
+@pytest.mark.parametrize("words", [Role, Kind, MachineState, LeaseState])
+def test_each_word_of_the_wire_is_explained_and_in_the_glossary(words: type[StrEnum]) -> None:
+    declared = (ROOT / "shared" / "wire.py").read_text()
+    for word in words:
+        assert re.search(rf'= "{word}"  #: .{{10,}}', declared), word
+        assert f"`{word}`" in GLOSSARY, word
 
 
 def test_each_profile_is_in_the_table_with_its_numbers() -> None:
