@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 import socket
 import struct
 from collections.abc import AsyncIterator, Callable
 from http import HTTPStatus
 from typing import Any
-from urllib.parse import urlsplit
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -155,11 +155,7 @@ def _is_ours(headers: dict[bytes, bytes]) -> bool:
 
 
 def _is_local(host: bytes) -> bool:
-    name = urlsplit(f"//{host.decode('latin-1')}")
-    try:
-        return name.hostname in ("localhost", "127.0.0.1", "::1") and name.username is None
-    except ValueError:
-        return False
+    return re.fullmatch(rb"(localhost|127\.0\.0\.1|\[::1\])(:\d+)?", host.lower()) is not None
 
 
 def _aborting(send: Send) -> Callable[[], None] | None:
@@ -168,15 +164,15 @@ def _aborting(send: Send) -> Callable[[], None] | None:
     ASGI has no word for it: whoever returns early makes the server close, and closing waits until the peer has taken
     what is buffered, which is just what a stalled one does not. With a linger of 0 the kernel forgets it as well.
     """
-    transport = getattr(getattr(send, "__self__", None), "transport", None)
-    if not isinstance(transport, asyncio.BaseTransport):
+    transport: Any = getattr(getattr(send, "__self__", None), "transport", None)
+    if not hasattr(transport, "abort"):
         return None
 
     def abort() -> None:
         if (connection := transport.get_extra_info("socket")) is not None:
             with contextlib.suppress(OSError):
                 connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        transport.abort()  # type: ignore[attr-defined]
+        transport.abort()
 
     return abort
 

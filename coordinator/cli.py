@@ -17,6 +17,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
+import worker.cli  # the commands of one machine
 from shared.client import client_from
 from shared.errors import Refused
 from shared.wire import Role, TokenOrder
@@ -26,6 +27,8 @@ from worker.machine import detect
 from worker.results import plain
 from worker.screen import TerminalScreen
 from worker.terminal import DataBar, Json, app, console, run_app, say, stopping
+
+from . import importing, look
 
 if TYPE_CHECKING:
     from .auth import Tokens
@@ -41,6 +44,8 @@ JoinToken = Annotated[str | None, typer.Option("--token", help="A join token.", 
 Coordinator = Annotated[
     str | None, typer.Option("--coordinator", help="The coordinator's address.", envvar="SWARM_COORDINATOR")
 ]
+
+COMMANDS = (worker.cli, look, importing)  #: importing them is what registers their commands
 
 
 def main() -> None:
@@ -142,10 +147,16 @@ def down(
     home: Home = None,
 ) -> None:
     """Stop the workers of a Ray cluster; each ends its run and sends what it has. Their state stays."""
-    from . import fleet
+    from . import fleet, supervisor
 
     place = home or default_home()
-    fleet.connect(address, home=place)
+    try:
+        fleet.connect(address, home=place)
+    except fleet.NoCluster:
+        for name in supervisor.stop_here(place):
+            print(f"{name}: stopped; its Ray was gone", file=sys.stderr)
+        print("no Ray cluster is running here; nothing is left to stop")
+        return
     fleet.down(lambda line: print(line, file=sys.stderr), place)
 
 
@@ -157,8 +168,8 @@ def _show_nodes(nodes: list[Node], as_json: bool) -> None:
     for column in ("host", "machine", "state", "devices", "note"):
         table.add_column(column)
     for node in nodes:
-        for worker in node.workers:
-            cells = [node.host, worker.name, str(worker.state), ",".join(worker.devices) or "cpu", worker.note]
+        for slot in node.workers:
+            cells = [node.host, slot.name, str(slot.state), ",".join(slot.devices) or "cpu", slot.note]
             table.add_row(*(Text(cell) for cell in cells))
         if not node.workers:
             table.add_row(Text(node.host), "-", "-", "-", Text(node.note))

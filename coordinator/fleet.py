@@ -30,6 +30,7 @@ from typing import Any
 import psutil
 
 from shared.errors import BadInput, Refused, SwarmError
+from worker.home import default_home
 from worker.machine import slug
 
 from .local_ray import FOLDER, is_ray_here, running_head, start_head, stop_head, use_token
@@ -56,7 +57,7 @@ class Plan:
 
     coordinator: str
     token: str | None = field(default=None, repr=False)  #: reaches workers by environment only
-    home: Path | None = None  #: on every node; None: SWARM_HOME there, else ~/.swarm
+    home: Path | None = None  #: on every node; None: each node's own default
     slots: int | None = None  #: on nodes without accelerator; None: these get no worker
     cpus: float = 0.0  #: reserved in Ray for each such slot
     accelerators: int | None = None  #: asked of the autoscaler
@@ -116,7 +117,7 @@ class Agent:
         gpus = _ray().get_runtime_context().get_accelerator_ids().get("GPU", [])
         devices = {name: (gpus[number],) if gpus else () for number, name in enumerate(here.names)}
         values = {"python": sys.executable, "url": plan.coordinator}
-        home = (plan.home or Path(os.environ.get("SWARM_HOME") or "~/.swarm")).expanduser()
+        home = (plan.home or default_home()).expanduser()
         environment = {**_environment_of_node(), "SWARM_NODE": here.node}
         if plan.token is not None:
             environment["SWARM_TOKEN"] = plan.token

@@ -14,7 +14,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -43,7 +43,7 @@ Token = Annotated[str | None, typer.Option("--token", help="A viewer's token.", 
 Id = Annotated[str, typer.Argument(help="The experiment's id, or how it or its commit begins.")]
 
 _STYLES = {"keep": "green", "crash": "red", "timeout": "red", "online": "green", "offline": "red"}
-_RIGHT = {"#", "rank", "best", "baseline", "gain", "sigmas", "keeps", "tried", "runs", "waiting", "score", "seconds"}
+_RIGHT = {"#", "rank", "best", "gain", "sigmas", "kept", "runs", "waiting", "score", "seconds"}
 _RIGHT |= {"GiB", "seed"}
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 
@@ -74,9 +74,10 @@ def cell(value: object, style: str = "") -> Text:
 
 
 def table_of(headings: Sequence[str], rows: Iterable[Sequence[object]]) -> Table:
+    """Where the terminal is narrow, the last column gives way first: it is the one with words."""
     table = Table(box=None, pad_edge=False)
     for heading in headings:
-        table.add_column(heading, justify="right" if heading in _RIGHT else "left")
+        table.add_column(heading, justify="right" if heading in _RIGHT else "left", no_wrap=heading != headings[-1])
     for row in rows:
         table.add_row(*(value if isinstance(value, Text) else cell(value) for value in row))
     return table
@@ -234,26 +235,26 @@ def show_leaderboard(
     if as_json:
         print(as_json_text(board))
         return
-    console.print(table_of(_STANDING, (_standing(line) for line in board.standings)))
+    places = {(line.profile, line.rung) for line in board.standings}
+    several = len(places) > 1
+    headings = (*_STANDING[:3], *(("profile", "rung") if several else ()), *_STANDING[3:])
+    console.print(table_of(headings, (_standing(line, several) for line in board.standings)))
     better = "lower" if board.direction == "minimize" else "higher"
     how = "best first within class, profile and rung" if order == "group" else "by gain in own sigmas"
-    console.print(cell(f"{board.campaign}: {board.metric}, {better} is better; {how}", "dim"))
+    where = "" if several else "".join(f"; profile {profile}, rung {rung}" for profile, rung in places)
+    console.print(cell(f"{board.campaign}: {board.metric}, {better} is better; {how}{where}", "dim"))
 
 
-_STANDING = (
-    *("rank", "machine", "class", "profile", "rung", "best", "baseline", "gain", "sigmas"),
-    *("confirmed", "keeps", "tried", "commit", "description"),
-)
+_STANDING = ("rank", "machine", "class", "best", "gain", "sigmas", "confirmed", "kept", "commit", "description")
 
 
-def _standing(line: Standing) -> tuple[object, ...]:
-    confirmed = "yes" if line.confirmed else "no"
-    if line.suspects:
-        confirmed = f"{confirmed}, {line.suspects} suspect"
-    levels = (number(line.best), number(line.baseline), number(line.gain), number(line.gain_sigmas, "+.1f"))
-    place = (line.rank, line.machine, line.machine_class, line.profile, line.rung)
-    commit = line.commit[:7] if line.commit else None
-    return *place, *levels, confirmed, line.keeps, line.experiments, commit, line.description
+def _standing(line: Standing, several: bool) -> tuple[object, ...]:
+    """`several`: profiles and rungs, so each line names its own."""
+    place = (line.rank, line.machine, line.machine_class, *((line.profile, line.rung) if several else ()))
+    levels = (number(line.best), number(line.gain), number(line.gain_sigmas, "+.1f"))
+    suspects = f", {line.suspects} suspect" if line.suspects else ""
+    confirmed, commit = "yes" if line.confirmed else "no", line.commit[:7] if line.commit else None
+    return *place, *levels, confirmed + suspects, f"{line.keeps}/{line.experiments}", commit, line.description
 
 
 # -- log
@@ -276,7 +277,8 @@ def log(
         for row in reversed(rows[:limit]) if follow else rows[:limit]:
             _show_row(row, as_json)
         if follow:
-            follow_from(client, rows[0].position if rows else None, filters, lambda row: _show_row(row, as_json))
+            with suppress(KeyboardInterrupt):  # that is how following ends
+                follow_from(client, rows[0].position if rows else None, filters, lambda row: _show_row(row, as_json))
 
 
 def _latest(client: CoordinatorClient, limit: int, filters: dict[str, Any]) -> list[ExperimentRow]:

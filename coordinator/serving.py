@@ -7,11 +7,13 @@ import datetime
 import fcntl
 import ipaddress
 import os
+import signal
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 
 import uvicorn
 
@@ -175,7 +177,10 @@ def serve(
 
 
 class _Server(uvicorn.Server):
-    """Ends the event streams first: uvicorn waits for open responses before it tells the application."""
+    """Ends the event streams first: uvicorn waits for open responses before it tells the application.
+
+    And returns: uvicorn raises the signal again that stopped it, which would end us with the database still open.
+    """
 
     def __init__(self, config: uvicorn.Config, stream: Stream) -> None:
         super().__init__(config)
@@ -184,6 +189,10 @@ class _Server(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._stream.end()
         await super().shutdown(sockets)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self.force_exit = self.should_exit and sig == signal.SIGINT
+        self.should_exit = True
 
 
 def server_of(service: Service, address: Address) -> uvicorn.Server:

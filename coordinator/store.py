@@ -30,6 +30,7 @@ from sqlalchemy import (
     event,
     func,
     insert,
+    literal_column,
     make_url,
     or_,
     select,
@@ -373,14 +374,16 @@ class Store:
         """Raises Conflict for a name that is taken."""
 
         def job(t: Transaction) -> Member:
-            if change.name is not None and change.name != machine.name:
+            row = update(Machine).where(Machine.id == machine.id)
+            now = t.connection.execute(select(Machine.name, Machine.paused).where(Machine.id == machine.id)).one()
+            if change.name is not None and change.name != now.name:
                 if change.name != self._free_name(t.connection, change.name, but=machine.id):
                     raise Conflict(f"the name {change.name!r} is taken; choose another")
-                t.connection.execute(update(Machine).where(Machine.id == machine.id).values(name=change.name))
-                t.event("renamed", change.name, was=machine.name)
-            if change.paused is not None and change.paused != machine.paused:
-                t.connection.execute(update(Machine).where(Machine.id == machine.id).values(paused=change.paused))
-                t.event("paused" if change.paused else "resumed", change.name or machine.name)
+                t.connection.execute(row.values(name=change.name))
+                t.event("renamed", change.name, was=now.name)
+            if change.paused is not None and change.paused != now.paused:
+                t.connection.execute(row.values(paused=change.paused))
+                t.event("paused" if change.paused else "resumed", change.name or now.name)
             return self._changed(t, machine.id)
 
         return self.writer.call(job)
@@ -604,14 +607,14 @@ class Store:
         """Baseline, HEAD and noise of one machine; all but the counts of a standing. Suspects count for nothing."""
         here = _here(machine_id, profile, rung)
         believed = (*here, ~Experiment.suspect)
-        columns = (Experiment.position, Experiment.mean, Experiment.scored, Experiment.confirmed)
+        columns = (Experiment.position, Experiment.score, Experiment.mean, Experiment.scored, Experiment.confirmed)
         firsts = select(*columns).where(*believed, Experiment.number == 0).order_by(Experiment.position)
         first = connection.execute(firsts.limit(1)).first()
         head = connection.execute(self._heads(here, *columns)).first()
         # In one order: sums of the same floats must be the same float, whichever way the database finds them.
         reruns = (
             select(Experiment.squares, Experiment.scored)
-            .where(*believed, Experiment.scored > 1)
+            .where(*believed, Experiment.scored > literal_column("1"))
             .order_by(Experiment.position)
             .subquery()
         )
@@ -620,8 +623,9 @@ class Store:
         machine = connection.execute(select(Machine.machine_class, suspects).where(Machine.id == machine_id)).one()
         baseline = first.mean if first is not None else None
         best = head.mean if head is not None else None
+        first_score = first.score if first is not None else None  # the machine's own prior goes by its first run
         sigma = leaderboard.noise_floor(
-            self.study.metric, machine.machine_class, baseline, noise[0] or 0.0, int(noise[1] or 0)
+            self.study.metric, machine.machine_class, first_score, noise[0] or 0.0, int(noise[1] or 0)
         )
         gain = None if baseline is None or best is None else self.study.sign * (baseline - best)
         return {
@@ -638,7 +642,8 @@ class Store:
     @staticmethod
     def _heads(here: tuple[ColumnElement[bool], ...], *columns: Any) -> Select[Any]:
         """The last keep that is believed."""
-        keeps = select(*columns).where(*here, Experiment.status == "keep", ~Experiment.suspect)
+        kept = Experiment.status == literal_column("'keep'")  # no parameter: the partial index has the word
+        keeps = select(*columns).where(*here, kept, ~Experiment.suspect)
         return keeps.order_by(Experiment.number.desc(), Experiment.position.desc()).limit(1)
 
     def _update_levels(self, connection: Connection, machine_id: int) -> None:
@@ -980,7 +985,10 @@ class Store:
             ids = [member.id for member in self._ids.values() if member.machine_class == machine_class]
             query = query.where(Experiment.machine_id.in_(ids))
         if status:
-            query = query.where(Experiment.status.in_(status))
+            of_any: ColumnElement[str] = Experiment.status.expression
+            if len(status) > 1 and self.engine.dialect.name == "sqlite":
+                of_any = literal_column("+experiments.status")  # else it sorts all of them: 460 ms of 200,000, not 3
+            query = query.where(of_any.in_(status))
         for column, value in (
             (Experiment.profile, profile),
             (Experiment.rung, rung),

@@ -20,7 +20,7 @@ from starlette.types import Receive, Scope, Send
 from shared.wire import Event
 
 RING = 4096  #: events kept in memory
-BACKLOG = 500  #: events read from the database at a time
+CHUNK = 200  #: events read, and sent, at a time; what waits in memory for a slow connection is one of these
 STALL_S = 10.0  #: a connection that takes nothing for so long is dropped
 KEEPALIVE_S = 15.0  #: a comment line, so that proxies and clients see that the line is alive
 LISTENERS = 5000  #: at once
@@ -100,11 +100,12 @@ class Stream:
             self._waiters.discard(waiter)
 
     def _fresh(self, after: int) -> list[Item] | None:
-        """What the ring has from after a position on; None where it begins later."""
+        """What the ring has next after a position; None where it begins later."""
         if not self._ring or after + 1 < self._ring[0][0]:
             return None
         # Positions are contiguous, so where a listener stands in the ring is a subtraction.
-        return [self._ring[i] for i in range(after + 1 - self._ring[0][0], len(self._ring))]
+        start = after + 1 - self._ring[0][0]
+        return [self._ring[i] for i in range(start, min(start + CHUNK, len(self._ring)))]
 
     async def listen(self, after: int, kinds: frozenset[str] = frozenset()) -> AsyncIterator[bytes]:
         """Chunks as they are sent, from the first event after `after`; raises Dropped for one that fell behind."""
@@ -115,7 +116,7 @@ class Stream:
             items, chunk = self._fresh(after), b""
             if items is None and behind:
                 start = self._ring[0][0] if self._ring else after + 1
-                items = await run_in_threadpool(lambda position: encoded(self._read(position, BACKLOG)), after)
+                items = await run_in_threadpool(lambda position: encoded(self._read(position, CHUNK)), after)
                 if not items:  # what lies between here and there is no longer stored
                     behind, after = False, start - 1
                     continue

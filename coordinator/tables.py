@@ -104,7 +104,7 @@ class Experiment(Base):
     runs: Mapped[int]
     memory_gb: Mapped[float]
     seconds: Mapped[float]  #: of all runs
-    tested: Mapped[str] = mapped_column(String(40))
+    tested: Mapped[str] = mapped_column(String(40), index=True)
     parent: Mapped[str] = mapped_column(String(40))
     kept: Mapped[str | None] = mapped_column(String(40), index=True)
     description: Mapped[str] = mapped_column(Text)
@@ -119,29 +119,33 @@ class Experiment(Base):
 
     __table_args__ = (
         Index("ix_experiments_standing", "machine_id", "profile", "rung", "number"),
+        # A condition stands as the queries have it: SQLite takes a partial index only where it finds the same words.
         Index(
             "ix_experiments_heads",
             "machine_id",
             "profile",
             "rung",
             "number",
-            sqlite_where=text("status = 'keep' AND NOT suspect"),
+            sqlite_where=text("status = 'keep' AND suspect = 0"),
             postgresql_where=text("status = 'keep' AND NOT suspect"),
         ),
-        Index(
+        Index(  # in it is all that the noise floor is summed from, in the order of summing
             "ix_experiments_reruns",
             "machine_id",
             "profile",
             "rung",
-            sqlite_where=text("scored > 1"),
-            postgresql_where=text("scored > 1"),
+            "position",
+            "squares",
+            "scored",
+            sqlite_where=text("scored > 1 AND suspect = 0"),
+            postgresql_where=text("scored > 1 AND NOT suspect"),
         ),
         Index(
             "ix_experiments_suspects",
             "machine_id",
             "profile",
             "rung",
-            sqlite_where=text("suspect"),
+            sqlite_where=text("suspect = 1"),
             postgresql_where=text("suspect"),
         ),
         Index("ix_experiments_machine", "machine_id", "position"),

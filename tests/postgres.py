@@ -11,8 +11,11 @@ import tempfile
 from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from coordinator.store import migrate, open_engine
 
 KINDS = ("sqlite", "postgresql")
 
@@ -50,11 +53,11 @@ class Server:
     def url(self, database: str = "postgres") -> str:
         return f"postgresql://postgres@127.0.0.1:{self.port}/{database}"
 
-    def database(self) -> str:
-        """The address of a new, empty one."""
+    def database(self, template: str = "template0") -> str:
+        """The address of a new one; `template`: the name of the one that it is a copy of."""
         name = f"t{next(self._numbers)}"
         with self._connect(self.url(), autocommit=True) as connection:
-            connection.execute(f"CREATE DATABASE {name}")
+            connection.execute(f"CREATE DATABASE {name} TEMPLATE {template}")
         return self.url(name)
 
     def drop(self, url: str) -> None:
@@ -114,6 +117,7 @@ def _user() -> str | None:
 
 
 _STARTED = pytest.StashKey[Server]()
+_MADE = pytest.StashKey[dict[str, Any]]()  #: what `fresh` copies, by kind
 
 
 def server(config: pytest.Config) -> Server:
@@ -127,7 +131,7 @@ def server(config: pytest.Config) -> Server:
     return config.stash[_STARTED]
 
 
-def fresh(kind: str, config: pytest.Config, folder: Path) -> Iterator[str]:
+def empty(kind: str, config: pytest.Config, folder: Path) -> Iterator[str]:
     """The address of an empty database of one of KINDS, for one test; a fixture yields from this."""
     if kind == "sqlite":
         yield f"sqlite:///{folder / 'swarm.db'}"
@@ -136,3 +140,30 @@ def fresh(kind: str, config: pytest.Config, folder: Path) -> Iterator[str]:
     url = running.database()
     yield url
     running.drop(url)
+
+
+def fresh(kind: str, config: pytest.Config, folder: Path) -> Iterator[str]:
+    """As `empty`, its tables made: a copy of one that was migrated once, which saves each test 40 ms."""
+    made = config.stash.setdefault(_MADE, {})
+    if kind == "sqlite":
+        path = folder / "swarm.db"
+        if kind not in made:
+            _make(f"sqlite:///{path}")
+            made[kind] = path.read_bytes()
+        path.write_bytes(made[kind])
+        yield f"sqlite:///{path}"
+        return
+    running = server(config)
+    if kind not in made:
+        url = running.database()
+        _make(url)
+        made[kind] = url.rpartition("/")[2]
+    url = running.database(made[kind])
+    yield url
+    running.drop(url)
+
+
+def _make(url: str) -> None:
+    engine = open_engine(url)
+    migrate(engine)
+    engine.dispose()  # the last connection of SQLite brings its log into the file; PostgreSQL copies what nobody uses

@@ -70,7 +70,7 @@ def served(
 
 
 def _address(process: subprocess.Popen[bytes], log: Path) -> str:
-    """Printed before connections are taken, so /healthz is asked until it answers."""
+    """As it was printed, once /healthz answers there."""
     until = time.monotonic() + START_S
     while time.monotonic() < until and process.poll() is None:
         if found := re.search(r"^coordinator of .*: (https?://\S+)$", log.read_text(), re.MULTILINE):

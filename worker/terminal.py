@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
 import threading
@@ -33,12 +34,16 @@ def run_app() -> None:
     """Runs the commands: messages instead of tracebacks for what a person can mend."""
     git.forget_caller()
     try:
-        app(standalone_mode=False)
+        code = app(standalone_mode=False)  # Typer returns the code of a command that Ctrl-C ended
+        sys.exit(code if isinstance(code, int) else 0)
     except SwarmError as error:
         print(f"swarm: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except typer.Exit as leave:
         sys.exit(leave.exit_code)
+    except BrokenPipeError:  # `swarm log | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains at its end
+        sys.exit(0)
     except OSError as error:
         print(f"swarm: {error}", file=sys.stderr)
         sys.exit(BadInput.exit_code)

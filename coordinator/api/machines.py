@@ -103,11 +103,11 @@ def router(service: Service, gate: Gate) -> APIRouter:
 
 async def accept(service: Service, machine: Member, experiment: UUID, report: ExperimentReport) -> wire.Accepted:
     """Raises TooLarge, Impossible or StorageUnavailable."""
+    if not _is_data(report.model_dump()):
+        raise Impossible("finite numbers, whole characters and 32 levels are what a database holds")
     for what, text, most in (("diff", report.diff, MAX_DIFF_BYTES), ("log tail", report.log_tail, MAX_LOG_BYTES)):
         if text and len(text.encode()) > most:
             raise TooLarge(f"the {what} has {len(text.encode())} bytes, {most} is the most")
-    if not (_is_data(report.edits) and _is_data(report.params)):
-        raise Impossible("edits and params: finite numbers, whole text and 32 levels are what a database holds")
     lease = report.lease.attempt if report.lease else 0
     for number in (
         report.version,

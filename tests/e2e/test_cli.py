@@ -301,7 +301,19 @@ def test_ctrl_c_to_the_whole_group_ends_cleanly_whenever_it_comes(task: Path) ->
 def test_four_machines_start_at_once_in_one_campaign(task: Path) -> None:
     workers = [
         subprocess.Popen(
-            [sys.executable, "-m", "coordinator.cli", "run", "--yes", "--name", f"m{n}", "--tag", "t", "--experiments", "3"],
+            [
+                sys.executable,
+                "-m",
+                "coordinator.cli",
+                "run",
+                "--yes",
+                "--name",
+                f"m{n}",
+                "--tag",
+                "t",
+                "--experiments",
+                "3",
+            ],
             cwd=task,
             env={**os.environ, **HOME_VARIABLES},
             stdout=subprocess.PIPE,
