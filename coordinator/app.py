@@ -22,7 +22,7 @@ from shared.wire import API, Problem
 
 from .api import admin, experiments, health, machines
 from .api.access import Gate
-from .api.machines import TooLarge
+from .api.bodies import TooLarge
 from .auth import Forbidden, Unauthorized
 from .reaper import reap
 from .service import VERSION, Service
@@ -141,7 +141,9 @@ class Front:
         else:
             limit = self._service.settings.limits.report_bytes
             length = headers.get(b"content-length", b"")
-            if length.isdigit() and int(length[:20]) > limit:
+            if length and not length.isdigit():
+                await problem(400, "Bad request", "Content-Length is no number", False)(scope, receive, send)
+            elif length and int(length[:20]) > limit:
                 refusal = problem(413, "Too large", f"a request has {limit} bytes at most", False)
                 await refusal(scope, receive, send)
             else:

@@ -117,19 +117,28 @@ class Presence:
             return any(term.machine_id == machine_id and term.kind == kind for term in self._terms.values())
 
     def due(self) -> Due:
-        """What has run out by now. It is forgotten here, so that each is named once; with a silent machine goes all
-        that it held, so that it learns when it is back which leases are no longer its own."""
+        """What has run out by now, each until it is told to `forget`; with a silent machine goes all that it held, so
+        that it learns when it is back which leases are no longer its own."""
         now = self._clock()
         with self._lock:
-            silent = tuple(machine for machine, seen in self._seen.items() if seen.until < now)
-            for machine in silent:
-                del self._seen[machine]
+            silent = {machine for machine, seen in self._seen.items() if seen.until < now}
             expired = {
                 lease: term for lease, term in self._terms.items() if term.until < now or term.machine_id in silent
             }
-            for lease in expired:
-                del self._terms[lease]
-        return Due(silent, tuple(LeaseRef(id=lease, attempt=term.attempt) for lease, term in expired.items()))
+        return Due(tuple(silent), tuple(LeaseRef(id=lease, attempt=term.attempt) for lease, term in expired.items()))
+
+    def forget_lease(self, lease: LeaseRef) -> None:
+        """It is stored that this grant has run out."""
+        with self._lock:
+            if (term := self._terms.get(lease.id)) and term.attempt == lease.attempt:
+                del self._terms[lease.id]
+
+    def forget_machine(self, machine_id: int) -> None:
+        """It is stored that this machine is silent, unless it has been heard of meanwhile."""
+        now = self._clock()
+        with self._lock:
+            if (seen := self._seen.get(machine_id)) and seen.until < now:
+                del self._seen[machine_id]
 
     def seen_s(self, machine_id: int) -> float | None:
         """Seconds since it was heard of; None when it is not here."""

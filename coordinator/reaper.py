@@ -36,14 +36,17 @@ async def reap(service: Service) -> None:
 
 
 def transitions(service: Service) -> None:
-    """Stores what presence says is due."""
-    due = service.presence.due()
+    """Stores what presence says is due; what the database did not take is due again at the next pass."""
+    store, presence = service.store, service.presence
+    due = presence.due()
     for lease in due.expired:
-        service.store.return_lease(lease.id, lease.attempt, "its term ran out")
+        store.return_lease(lease.id, lease.attempt, "its term ran out")
+        presence.forget_lease(lease)
     for machine in due.silent:
-        member = service.store.member_by_id(machine)
+        member = store.member_by_id(machine)
         if member.state is MachineState.ONLINE:
-            service.store.set_state(member, MachineState.OFFLINE)
+            store.set_state(member, MachineState.OFFLINE)
+        presence.forget_machine(machine)
 
 
 def tidy(service: Service) -> None:

@@ -25,6 +25,7 @@ from sqlalchemy import (
     Row,
     Select,
     and_,
+    bindparam,
     create_engine,
     delete,
     event,
@@ -43,7 +44,7 @@ from shared.errors import BadInput, Refused, SwarmError
 from shared.wire import ExperimentReport, Kind, LeaseState, MachineState, Registration, Status
 
 from . import leaderboard, tables
-from .tables import Branch, Campaign, Detail, Experiment, Idea, Lease, Machine, Run, Standing, Token
+from .tables import Branch, Campaign, Detail, Experiment, Idea, Lease, Machine, Run, Standing, Token, table
 from .writer import TROUBLE, StorageUnavailable, Transaction, Writer
 
 RESERVED = "promoted"  #: the branch of promoted ideas has this machine's name
@@ -436,17 +437,7 @@ class Store:
             raise Impossible("a void run is no result; it is run again")
 
     def _store_report(self, t: Transaction, machine: Member, identity: UUID, report: ExperimentReport) -> wire.Accepted:
-        stored = t.connection.execute(
-            select(
-                Experiment.position,
-                Experiment.version,
-                Experiment.machine_id,
-                Experiment.suspect,
-                Experiment.cleared,
-                Experiment.status,
-                *(getattr(Experiment, name) for name in _IDENTITY),
-            ).where(Experiment.id == identity)
-        ).first()
+        stored = t.connection.execute(_STORED, {"id": identity}).first()
         if stored is not None and stored.machine_id != machine.id:
             raise Conflict(f"experiment {identity} belongs to another machine")
         for name in _IDENTITY if stored is not None else ():
@@ -487,7 +478,7 @@ class Store:
             t.connection.execute(update(Experiment).where(Experiment.position == position).values(**values))
             t.connection.execute(delete(Run).where(Run.position == position))
         if report.runs:
-            t.connection.execute(insert(Run), [_run_row(position, n, run) for n, run in enumerate(report.runs)])
+            t.connection.execute(_INSERT_RUN, [_run_row(position, n, run) for n, run in enumerate(report.runs)])
         self._count_idea(t, machine, report, position, stored.status if stored is not None else None)
         t.event(
             "experiment" if stored is None else "revised",
@@ -505,7 +496,7 @@ class Store:
         )
         if standing is not None and standing.suspects and not suspect and (stored is None or stored.suspect):
             self._believe_later(t, machine.id, report.profile, report.rung, report.number)
-        self._update_standing(t, machine, report, standing, stored.status if stored is not None else None)
+        self._update_standing(t, machine, report, standing, stored.status if stored is not None else None, suspect)
         return wire.Accepted(stored=True, suspect=suspect, closed=self._close_lease(t, machine, identity, report))
 
     def _insert_experiment(
@@ -513,37 +504,36 @@ class Store:
     ) -> int:
         self._experiments += 1  # only the writer's thread comes here; a gap after a failed commit does no harm
         position = self._experiments
-        t.connection.execute(
-            insert(Experiment).values(
-                position=position,
-                id=identity,
-                machine_id=machine.id,
-                number=report.number,
-                kind=report.kind,
-                idea=report.idea,
-                profile=report.profile,
-                rung=report.rung,
-                tested=report.tested,
-                parent=report.parent,
-                description=_clean(report.description),
-                proposer=_clean(report.proposer),
-                received_at=t.at,
-                **values,
-            )
-        )
-        t.connection.execute(
-            insert(Detail).values(
-                position=position,
-                fingerprint=_clean(report.fingerprint),
-                code_state=_clean(report.code_state),
-                nodes_added=report.nodes_added,
-                digest=next((_clean(run.digest) for run in report.runs if run.digest), None),
-                edits=_clean(report.edits),
-                params=_clean(report.params),
-                diff=_packed(report.diff),
-                log_tail=_packed(report.log_tail or None),
-            )
-        )
+        # As parameters: with values() SQLAlchemy makes an object of each, half a millisecond a row.
+        experiment = {
+            "position": position,
+            "id": identity,
+            "machine_id": machine.id,
+            "number": report.number,
+            "kind": report.kind,
+            "idea": report.idea,
+            "profile": report.profile,
+            "rung": report.rung,
+            "tested": report.tested,
+            "parent": report.parent,
+            "description": _clean(report.description),
+            "proposer": _clean(report.proposer),
+            "received_at": t.at,
+            **values,
+        }
+        t.connection.execute(_INSERT_EXPERIMENT, experiment)
+        detail = {
+            "position": position,
+            "fingerprint": _clean(report.fingerprint),
+            "code_state": _clean(report.code_state),
+            "nodes_added": report.nodes_added,
+            "digest": next((_clean(run.digest) for run in report.runs if run.digest), None),
+            "edits": _clean(report.edits),
+            "params": _clean(report.params),
+            "diff": _packed(report.diff),
+            "log_tail": _packed(report.log_tail or None),
+        }
+        t.connection.execute(_INSERT_DETAIL, detail)
         return position
 
     def _count_idea(
@@ -553,38 +543,42 @@ class Store:
         tried = before is None
         if not kept and not tried:
             return
-        counted = t.connection.execute(
-            update(Idea).where(Idea.id == report.idea).values(tried=Idea.tried + int(tried), kept=Idea.kept + kept)
-        )
+        counted = t.connection.execute(_COUNT_IDEA, {"idea": report.idea, "more_tried": int(tried), "more_kept": kept})
         if counted.rowcount == 0:
-            t.connection.execute(
-                insert(Idea).values(
-                    id=report.idea,
-                    fingerprint=_clean(report.fingerprint),
-                    description=_clean(report.description),
-                    machine_id=machine.id,
-                    position=position,
-                    tried=1,
-                    kept=kept,
-                )
-            )
+            idea = {
+                "id": report.idea,
+                "fingerprint": _clean(report.fingerprint),
+                "description": _clean(report.description),
+                "machine_id": machine.id,
+                "position": position,
+                "tried": 1,
+                "kept": kept,
+            }
+            t.connection.execute(_INSERT_IDEA, idea)
 
     # -- standings
 
     @staticmethod
     def _standing(connection: Connection, machine_id: int, profile: str, rung: str) -> Row[Any] | None:
-        return connection.execute(
-            select(Standing.__table__).where(
-                Standing.machine_id == machine_id, Standing.profile == profile, Standing.rung == rung
-            )
-        ).first()
+        return connection.execute(_STANDING, {"of_machine": machine_id, "of_profile": profile, "of_rung": rung}).first()
 
     def _update_standing(
-        self, t: Transaction, machine: Member, report: ExperimentReport, standing: Row[Any] | None, before: str | None
+        self,
+        t: Transaction,
+        machine: Member,
+        report: ExperimentReport,
+        standing: Row[Any] | None,
+        before: str | None,
+        suspect: bool,
     ) -> None:
-        """Counts by one; levels from the few rows that they depend on."""
+        """Counts by one; levels from the few rows that they depend on, where this report can have changed them."""
         key = (machine.id, report.profile, report.rung)
         new = before is None and report.number > 0
+        if standing is not None and new and not suspect and report.status is not Status.KEEP and len(report.runs) < 2:
+            # The common case, a discard: neither HEAD nor baseline nor a rerun, so it moves one number.
+            where = {"of_machine": machine.id, "of_profile": report.profile, "of_rung": report.rung}
+            t.connection.execute(_ONE_MORE, where)
+            return
         kept = report.number > 0 and (report.status is Status.KEEP) - (before == Status.KEEP)
         values = self._levels(t.connection, *key)
         values["experiments"] = (standing.experiments if standing is not None else 0) + int(new)
@@ -598,10 +592,10 @@ class Store:
     def _put_standing(connection: Connection, key: tuple[int, str, str], values: dict[str, Any], new: bool) -> None:
         names = dict(zip(("machine_id", "profile", "rung"), key, strict=True))
         if new:
-            connection.execute(insert(Standing).values(**names, **values))
+            connection.execute(insert(Standing), {**names, **values})
         else:
-            where = (Standing.machine_id == key[0], Standing.profile == key[1], Standing.rung == key[2])
-            connection.execute(update(Standing).where(*where).values(**values))
+            row = update(Standing).where(*(getattr(Standing, name) == value for name, value in names.items()))
+            connection.execute(row, values)
 
     def _levels(self, connection: Connection, machine_id: int, profile: str, rung: str) -> dict[str, Any]:
         """Baseline, HEAD and noise of one machine; all but the counts of a standing. Suspects count for nothing."""
@@ -1192,7 +1186,8 @@ class Store:
 
     def add_token(self, values: dict[str, Any]) -> int:
         def job(t: Transaction) -> int:
-            return int(t.connection.execute(insert(Token).values(**values)).inserted_primary_key[0])  # type: ignore[index]
+            added = t.connection.execute(insert(Token).values(**values | {"label": _clean(values["label"])}))
+            return int(added.inserted_primary_key[0])  # type: ignore[index]
 
         return self.writer.call(job)
 
@@ -1221,6 +1216,34 @@ class Store:
         with self.read() as connection:
             row = connection.execute(select(func.sum(Standing.experiments), func.sum(Standing.keeps))).one()
         return int(row[0] or 0), int(row[1] or 0)
+
+
+# The statements of a report, made once: building one anew and asking SQLAlchemy's cache for it is most of its cost.
+_STORED = select(
+    Experiment.position,
+    Experiment.version,
+    Experiment.machine_id,
+    Experiment.suspect,
+    Experiment.cleared,
+    Experiment.status,
+    *(getattr(Experiment, name) for name in _IDENTITY),
+).where(Experiment.id == bindparam("id"))
+_INSERT_EXPERIMENT = insert(table(Experiment))
+_INSERT_DETAIL = insert(table(Detail))
+_INSERT_RUN = insert(table(Run))
+_INSERT_IDEA = insert(table(Idea))
+_COUNT_IDEA = (
+    update(table(Idea))
+    .where(Idea.id == bindparam("idea"))
+    .values(tried=Idea.tried + bindparam("more_tried"), kept=Idea.kept + bindparam("more_kept"))
+)
+_OF_STANDING = (
+    Standing.machine_id == bindparam("of_machine"),
+    Standing.profile == bindparam("of_profile"),
+    Standing.rung == bindparam("of_rung"),
+)
+_STANDING = select(Standing.__table__).where(*_OF_STANDING)
+_ONE_MORE = update(table(Standing)).where(*_OF_STANDING).values(experiments=Standing.experiments + 1)
 
 
 def _here(machine_id: int, profile: str, rung: str) -> tuple[ColumnElement[bool], ...]:

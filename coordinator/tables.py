@@ -5,10 +5,10 @@ Times are unix seconds of the coordinator's clock, but for `decided_at`, which i
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 from uuid import UUID
 
-from sqlalchemy import JSON, BigInteger, ForeignKey, Index, Integer, LargeBinary, MetaData, String, Text, text
+from sqlalchemy import JSON, BigInteger, ForeignKey, Index, Integer, LargeBinary, MetaData, String, Table, Text, text
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 _NAMES = {
@@ -23,6 +23,11 @@ _Big = BigInteger().with_variant(Integer, "sqlite")  # SQLite counts in 64 bits 
 class Base(DeclarativeBase):
     metadata = MetaData(naming_convention=_NAMES)
     type_annotation_map: ClassVar[dict[Any, Any]] = {dict[str, Any]: JSON, list[str]: JSON, int: _Big}
+
+
+def table(entity: type[Base]) -> Table:
+    """The table itself: statements over it skip what only the ORM needs."""
+    return cast(Table, entity.__table__)
 
 
 class Campaign(Base):

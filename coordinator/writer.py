@@ -34,6 +34,8 @@ TROUBLE = (OperationalError, InterfaceError, InternalError, PoolTimeout)  #: the
 
 log = logging.getLogger(__name__)
 
+_INSERT_EVENT = insert(tables.table(tables.Event))
+
 
 class StorageUnavailable(SwarmError):
     """The database took nothing (disk full, server away). What was sent may be sent again."""
@@ -154,7 +156,7 @@ class Writer:
                         consequences += transaction.consequences
         except Exception as error:  # jobs' own are in `failed`: whatever comes here kept the transaction from happening
             self._in_doubt = True
-            self.fault = " ".join(str(getattr(error, "orig", None) or error).split())
+            self.fault = _first_cause(error)
             for job in batch:
                 job.future.set_exception(StorageUnavailable(f"the database took nothing: {self.fault}"))
             return
@@ -186,4 +188,12 @@ class Writer:
     @staticmethod
     def _record(connection: Connection, events: list[Event]) -> None:
         if events:
-            connection.execute(insert(tables.Event), [event.model_dump() for event in events])
+            connection.execute(_INSERT_EVENT, [event.model_dump() for event in events])
+
+
+def _first_cause(error: BaseException) -> str:
+    """In words. A full SQLite has left the transaction, so undoing the savepoint fails too, and is raised last."""
+    first, before = error, error.__context__
+    while before is not None:
+        first, before = before if isinstance(before, TROUBLE) else first, before.__context__
+    return " ".join(str(getattr(first, "orig", None) or first).split())

@@ -44,7 +44,7 @@ class Role(StrEnum):
 
     JOIN = "join"  #: register machines, nothing else
     WORKER = "worker"  #: one machine: its reports, its branch and attic; and look
-    VIEWER = "viewer"  #: look
+    VIEWER = "viewer"  #: look: API, event stream, clone
     ADMIN = "admin"  #: everything but speak for a machine
 
 

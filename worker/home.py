@@ -9,6 +9,7 @@ import json
 import os
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 from uuid import UUID, uuid4
 
 import platformdirs
@@ -54,15 +55,16 @@ class Identity:
             return made
         try:
             stored = json.loads(path.read_text())
-            members = {url: Membership(**member) for url, member in stored["memberships"].items()}
+            members = {url: _membership(member) for url, member in stored["memberships"].items()}
             return cls(path, UUID(stored["uid"]), members)
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, AttributeError):
             raise BadInput(f"{path}: damaged; move it aside to join as a new machine") from None
 
     def save(self) -> None:
         """Whole or not at all, readable by its owner only."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         partial = self.path.with_suffix(".tmp")
+        partial.unlink(missing_ok=True)  # a killed worker's: its mode would stay
         members = {url: asdict(member) for url, member in self.memberships.items()}
         with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
             json.dump({"uid": str(self.uid), "memberships": members}, file, indent=1)
@@ -77,3 +79,11 @@ class Identity:
 
     def clone_folder(self, membership: Membership) -> Path:
         return self.path.parent / f"{slug(membership.campaign)}-{membership.tag}"
+
+
+def _membership(stored: dict[str, Any]) -> Membership:
+    """What a later version may have added is left out."""
+    known = {name: value for name, value in stored.items() if name in Membership.__dataclass_fields__}
+    if not all(isinstance(value, str) for name, value in known.items() if (name, value) != ("token", None)):
+        raise TypeError
+    return Membership(**known)

@@ -4,28 +4,32 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
-from uuid import UUID
+from uuid import UUID, uuid5
 
 from shared import wire
 from shared.git import Repo
 from shared.task import TaskSpec
 from shared.wire import ExperimentReport, Kind, RunReport, Status
 
-from .journal import Experiment, Run
+from .journal import Experiment
 
 TAIL_BYTES = 8192  #: of a run's log
 FINGERPRINT = 1  #: version of how fingerprints are made
 
 
 def report(experiment: Experiment, task: TaskSpec, prefix: str, repo: Repo, logs: Path) -> ExperimentReport:
-    """Everything that is known of a decided experiment. Raises GitError when its commit cannot be read."""
+    """Everything that is known of a decided experiment.
+
+    Raises GitError when its commit cannot be read, ValueError for a number that is not finite.
+    """
     assert experiment.status is not None
     paths = [f"{prefix}/{name}" if prefix else name for name in task.mutable_files]
     diff = repo.diff(experiment.parent, experiment.tested, paths)
-    oversized = len(diff.encode()) > wire.MAX_DIFF_BYTES
+    unsent = _unsent(diff)
+    json.dumps([experiment.edits, experiment.params], allow_nan=False)
     return ExperimentReport(
         version=experiment.version,
         number=experiment.number,
@@ -36,32 +40,46 @@ def report(experiment: Experiment, task: TaskSpec, prefix: str, repo: Repo, logs
         tested=experiment.tested,
         parent=experiment.parent,
         kept=experiment.kept,
-        description=experiment.description[:2000],
+        description=_whole(experiment.description)[:2000],
         proposer=experiment.proposer[:63],
         edits=experiment.edits,
         params=experiment.params,
         nodes_added=experiment.nodes_added,
         code_state=experiment.code_state,
         status=experiment.status,
-        reason=experiment.reason[:2000],
+        reason=_whole(experiment.reason)[:2000],
         decided_at=experiment.decided_at,
-        runs=tuple(_run(run) for run in experiment.runs),
-        diff=None if oversized or not diff else diff,
-        log_tail=_tail(experiment, logs) + (_OVERSIZED if oversized else ""),
+        runs=tuple(_run(experiment, number) for number in range(len(experiment.runs))),
+        diff=None if unsent or not diff else diff,
+        log_tail=_tail(experiment, logs)
+        + (f"\n[the diff {unsent} and was not sent; the commit has it]\n" * bool(unsent)),
         lease=wire.LeaseRef.model_validate(experiment.lease) if experiment.lease else None,
     )
 
 
-_OVERSIZED = f"\n[the diff has more than {wire.MAX_DIFF_BYTES} bytes and was not sent; the commit has it]\n"
+def _unsent(diff: str) -> str:
+    """Why this diff cannot travel, in words; empty where it can."""
+    try:
+        size = len(diff.encode())
+    except UnicodeEncodeError:  # git's output has bytes that are no UTF-8, which JSON cannot carry
+        return "is no UTF-8 text"
+    return f"has {size} bytes, more than {wire.MAX_DIFF_BYTES}," if size > wire.MAX_DIFF_BYTES else ""
 
 
-def _run(run: Run) -> RunReport:
+def _whole(text: str) -> str:
+    """Without halves of characters, which no encoding has."""
+    return text.encode(errors="replace").decode()
+
+
+def _run(experiment: Experiment, number: int) -> RunReport:
+    run = experiment.runs[number]
     return RunReport(
-        id=UUID(run.run),
+        # Journals of before runs had ids: the same one each time that it is sent.
+        id=UUID(run.run) if run.run else uuid5(UUID(experiment.id), str(number)),
         seed=run.seed,
         score=run.score,
         status=Status(run.status) if run.status else None,
-        reason=run.reason[:2000],
+        reason=_whole(run.reason)[:2000],
         memory_gb=run.memory_gb,
         seconds=run.seconds,
         trained_share=run.trained_share,
@@ -81,7 +99,7 @@ def _tail(experiment: Experiment, logs: Path) -> str:
             file.seek(max(file.seek(0, 2) - TAIL_BYTES, 0))
             return file.read().decode(errors="replace")
     except OSError:
-        return experiment.tail.encode()[-TAIL_BYTES:].decode(errors="replace")
+        return experiment.tail.encode(errors="replace")[-TAIL_BYTES:].decode(errors="replace")
 
 
 def fingerprint(edits: Mapping[str, Any], diff: str) -> str:
@@ -89,5 +107,17 @@ def fingerprint(edits: Mapping[str, Any], diff: str) -> str:
     if edits:
         what = json.dumps(sorted((name, "set", value) for name, value in edits.items()), default=str)
     else:
-        what = "\n".join(line for line in diff.splitlines() if line[:1] in "+-" and line[:3] not in ("+++", "---"))
-    return f"{FINGERPRINT}:{hashlib.sha256(what.encode()).hexdigest()[:32]}"
+        what = "\n".join(_changed(diff))
+    return f"{FINGERPRINT}:{hashlib.sha256(what.encode(errors='surrogateescape')).hexdigest()[:32]}"
+
+
+def _changed(diff: str) -> Iterator[str]:
+    """Each file's name and its changed lines; positions, context and hashes are not the same on two machines."""
+    in_hunk = False
+    for line in diff.split("\n"):
+        if line.startswith(("diff --git ", "@@ ")):
+            in_hunk = line.startswith("@@ ")
+            if not in_hunk:
+                yield line
+        elif in_hunk and line.startswith(("+", "-")):
+            yield line

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
 import random
 import shutil
+import tempfile
 import threading
+import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -16,7 +20,7 @@ from uuid import UUID
 
 from shared import wire
 from shared.client import Away, CoordinatorClient, Rejected
-from shared.errors import BadInput, SwarmError
+from shared.errors import BadInput, Refused, SwarmError
 from shared.git import Repo, http_environment
 from shared.prepare.constants import PROFILES
 from shared.prepare.data import EMBEDDED
@@ -41,6 +45,7 @@ from .setup import Bar, Setup, locked
 from .slot import hold
 
 RETRY_S = (1.0, 15.0)  #: first and longest wait for a coordinator that was never met
+LOCK_POLL_S = 0.2
 CAN = (Kind.EXPLORE, Kind.CONFIRM)  #: the kinds of assignment that this version runs
 
 
@@ -52,6 +57,10 @@ class Place:
     identity: Identity
     machine: MachineProfile
     join_token: str | None  #: given by a person, for the first registration or where ours is no longer known
+
+
+class _Stopped(Exception):
+    """A person ended the worker while it was still being set up."""
 
 
 class _Told:
@@ -99,20 +108,23 @@ def work(
     def end_left() -> int:
         return sum(end_strays(None, folder / "work") for folder in _states(home, machine.name))
 
-    with hold(home, machine.name, end_left) as held:
-        identity = Identity.open(home, machine.name)
-        client = CoordinatorClient(url)
-        place = Place(client, identity, machine, token)
+    def watched(stage: str, done: int, of: int) -> None:
+        if stop.is_set():
+            raise _Stopped
+        bar(stage, done, of)
+
+    with hold(home, machine.name, end_left) as held, contextlib.suppress(_Stopped):
+        place = Place(CoordinatorClient(url), Identity.open(home, machine.name), machine, token)
         registered = _introduce(place, screen, stop)
+        membership = _membership(place, registered)
         if stop.is_set():
             return
-        membership = _membership(place, registered)
         campaign = _clone(place, membership, registered)
         named = replace(machine, name=membership.machine)
-        _bring_data(place, campaign, bar)
+        _bring_data(place, campaign, watched)
         setup = Setup(campaign, named, membership.tag, inherit=(held.fd,))
         with locked(setup.state):
-            _research(place, membership, registered, setup, screen, stop, bar)
+            _research(place, membership, registered, setup, screen, stop, watched)
 
 
 def _states(home: Path, name: str) -> list[Path]:
@@ -120,20 +132,24 @@ def _states(home: Path, name: str) -> list[Path]:
 
 
 def _introduce(place: Place, screen: Screen, stop: threading.Event) -> Registered | None:
-    """Registers. None where the coordinator is away and this machine has been its member before: it starts alone."""
-    known = place.client.url in place.identity.memberships
+    """Registers. None where the coordinator is away and this machine has the campaign already: it starts alone.
+
+    Raises _Stopped.
+    """
+    known = place.identity.memberships.get(place.client.url)
+    can_start_alone = known is not None and (place.identity.clone_folder(known) / ".git").is_dir()
     wait = RETRY_S[0]
     while not stop.is_set():
         try:
             return register(place)
         except Away as error:
-            if known:
+            if can_start_alone:
                 screen.note(f"{error}; starting alone")
                 return None
             screen.note(f"{error}; trying again in {wait:.0f} s")
             stop.wait(wait * random.uniform(0.8, 1.2))
             wait = min(wait * 2, RETRY_S[1])
-    return None
+    raise _Stopped
 
 
 def register(place: Place, holds: tuple[UUID, ...] = ()) -> Registered:
@@ -191,16 +207,19 @@ def _clone(place: Place, membership: Membership, registered: Registered | None) 
     """This machine's own clone of the campaign, made at the first start. Raises Away, or BadInput for another base."""
     folder = place.identity.clone_folder(membership)
     if not (folder / ".git").is_dir():
-        if registered is None:
-            raise Away(f"{place.client.url}: the campaign was never fetched, and the coordinator is away")
-        partial = folder.with_name(folder.name + ".partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        environment = http_environment(place.client.url, place.client.token)
-        source = place.client.url + membership.repository
-        Repo(folder.parent).run(
-            "clone", "--quiet", "--single-branch", "--branch", "main", source, str(partial), environment=environment
-        )
-        partial.rename(folder)
+        for left in folder.parent.glob(f"{folder.name}.partial-*"):
+            shutil.rmtree(left, ignore_errors=True)
+        # A name of its own: the git of a killed worker may still be writing to the one before.
+        partial = Path(tempfile.mkdtemp(prefix=f"{folder.name}.partial-", dir=folder.parent))
+        try:
+            environment = http_environment(place.client.url, place.client.token)
+            flags = ["--quiet", "--single-branch", "--branch", "main"]
+            source = place.client.url + membership.repository
+            Repo(folder.parent).run("clone", *flags, source, str(partial), environment=environment)
+            partial.rename(folder)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
     if registered is not None and Repo(folder).resolve("HEAD") != registered.campaign.base:
         raise BadInput(f"{folder}: is not at the campaign's base {registered.campaign.base[:12]}; move it aside")
     return Campaign.open(folder / membership.folder)
@@ -216,19 +235,36 @@ def _bring_data(place: Place, campaign: Campaign, bar: Bar) -> None:
         return
     cache = cache_root(os.environ)
     try:
-        info = place.client.campaign().data
-        if info is None:
-            return
-        where = cache / "data" / task.data
-        if task.data not in (EMBEDDED, CLIMBMIX) and info.served:
-            source = Source(f"{place.client.data_url()}/shards", place.client.token)
-            fetch(info.served, where, source, bar)
-        if info.tokenizer:
-            _bring_tokenizer(place.client, tokenizer_folder(cache, task.data, PROFILES[task.profile].vocab_size))
+        with _prepare_lock(cache, bar):
+            info = place.client.campaign().data
+            if info is None:
+                return
+            where = cache / "data" / task.data
+            # A link is a person's own folder: `--data` made it here, and nothing is added to that.
+            if task.data not in (EMBEDDED, CLIMBMIX) and info.served and not where.is_symlink():
+                source = Source(f"{place.client.data_url()}/shards", place.client.token)
+                fetch(info.served, where, source, bar)
+            if info.tokenizer:
+                _bring_tokenizer(place.client, tokenizer_folder(cache, task.data, PROFILES[task.profile].vocab_size))
     except SwarmError:
         return
     except DataError as error:
         raise BadInput(f"data: {error}") from None
+
+
+@contextlib.contextmanager
+def _prepare_lock(cache: Path, bar: Bar) -> Iterator[None]:
+    """The one that prepare takes: workers of several slots start together, and share a cache."""
+    cache.mkdir(parents=True, exist_ok=True)
+    with (cache / "prepare.lock").open("w") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                bar("wait", 0, 1)
+                time.sleep(LOCK_POLL_S)
+        yield
 
 
 def _bring_tokenizer(client: CoordinatorClient, folder: Path) -> None:
@@ -236,15 +272,19 @@ def _bring_tokenizer(client: CoordinatorClient, folder: Path) -> None:
     if (folder / "ranks.json").exists():
         return
     shards, ranks = client.data("tokenizer/shards.json"), client.data("tokenizer/ranks.json")
-    json.loads(shards)
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    (partial / "ranks.json").write_bytes(ranks)
-    Tokenizer.load(partial).save(partial)
-    (partial / "shards.json").write_bytes(shards)
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
+    try:
+        (partial / "ranks.json").write_bytes(ranks)
+        Tokenizer.load(partial).save(partial)
+        (partial / "shards.json").write_text(json.dumps(json.loads(shards)))
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{client.data_url()}/tokenizer: no tokenizer ({error})") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _research(
@@ -261,7 +301,7 @@ def _research(
     logs = setup.state / "logs"
     member = Member(
         place.client,
-        lambda: _again(place),
+        lambda: _again(place, campaign, membership),
         registered,
         Remote(
             repo,
@@ -277,31 +317,43 @@ def _research(
     )
     told = _Told(screen, member.doing)
     proposer = Search(campaign.task, seed=zlib.crc32(setup.branch.encode()))
-    loop = setup.loop(proposer, told, stop, bar, member)
     expected = registered.campaign.digest if registered else None
-    if setup.prepared and expected and setup.prepared.digest != expected:
-        setup.undo_without_baseline()
-        raise BadInput(
-            f"prepare's digest here is {setup.prepared.digest[:12]}, the campaign's is {expected[:12]}: scores would "
-            f"not compare; remove {cache_root(os.environ)}/rows and data, or upgrade so that both run the same release"
-        )
-    member.start(setup.journal.experiments)
+    member.beat()
     try:
-        loop.establish()
-        if not stop.is_set():
-            loop.go(None)
-    except BaselineFailed as failure:
+        loop = setup.loop(proposer, told, stop, bar, member)
+        if setup.prepared and expected and setup.prepared.digest != expected:
+            setup.undo_without_baseline()
+            raise BadInput(
+                f"prepare's digest here is {setup.prepared.digest[:12]}, the campaign's is {expected[:12]}: scores "
+                f"would not compare; remove rows and data of {campaign.task.data!r} in {cache_root(os.environ)}, or "
+                "upgrade so that both run the same release"
+            )
+        member.start(setup.journal.experiments)
+        try:
+            loop.establish()
+            if not stop.is_set():
+                loop.go(None)
+        finally:
+            setup.journal.close()
+    except SwarmError as failure:
         member.doing(Activity(state="failed", note=str(failure)[:2000]))
+        member.close()
+        if isinstance(failure, BaselineFailed):
+            setup.undo_without_baseline()  # after its report is made; the next start runs the baseline anew
         raise
+    except _Stopped:
+        pass
     finally:
         member.close()
-        setup.journal.close()
     if member.fault:
         raise superseded(member.fault)
 
 
-def _again(place: Place) -> Registered:
-    """A later registration, and its token kept."""
-    registered = register(replace(place, identity=Identity.open(place.identity.path.parent.parent, place.machine.name)))
-    _membership(place, registered)
+def _again(place: Place, campaign: Campaign, ours: Membership) -> Registered:
+    """A later registration, and its token kept. Raises Refused when another campaign has taken the address."""
+    place = replace(place, identity=Identity.open(place.identity.path.parent.parent, place.machine.name))
+    registered = register(place)
+    now = _membership(place, registered)
+    if replace(now, token=ours.token) != ours or Repo(campaign.root).resolve("HEAD") != registered.campaign.base:
+        raise Refused(f"{place.client.url} has another campaign now, or this machine another place in it; start again")
     return registered

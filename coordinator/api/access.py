@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import binascii
 from collections.abc import Awaitable, Callable
 from typing import Annotated, Any
 
@@ -17,7 +16,6 @@ from ..service import Service
 from ..store import Conflict, Member
 
 LOOK = (Role.VIEWER, Role.WORKER, Role.ADMIN)
-LARGEST = 2**63 - 1  #: that a database holds in an integer
 
 
 def token_of(authorization: str) -> str | None:
@@ -29,7 +27,7 @@ def token_of(authorization: str) -> str | None:
         case "basic":
             try:
                 return base64.b64decode(value, validate=True).decode().partition(":")[2] or None
-            except (binascii.Error, UnicodeDecodeError):
+            except ValueError:  # also of what is not even ASCII
                 return None
     return None
 

@@ -20,7 +20,8 @@ from ..service import Service
 from ..store import NotFound
 from ..stream import LISTENERS, Stream
 from ..writer import StorageUnavailable
-from .access import LARGEST, Gate
+from .access import Gate
+from .bodies import LARGEST, check
 
 
 class _Feed(Response):
@@ -80,6 +81,7 @@ def router(service: Service, gate: Gate) -> APIRouter:
     @routes.post("/leases", tags=["leases"], status_code=201, dependencies=[gate.admin])
     def queue(order: wire.LeaseOrder) -> dict[str, UUID]:
         """Queues a confirmation, replay or promotion."""
+        check(order)
         return {"id": store.queue_lease(order)}
 
     @routes.delete("/leases/{lease}", tags=["leases"], status_code=204, dependencies=[gate.admin])

@@ -119,7 +119,7 @@ EXPERIMENT: dict[str, Any] = {
     "confirmed": False,
     "suspect": False,
     "position": 40,
-    "digest": None,
+    "digest": "f3" * 32,
     "log_tail": "",
     "has_diff": True,
     "run_reports": REPORT["runs"],

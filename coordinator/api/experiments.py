@@ -18,7 +18,8 @@ from shared.wire import Kind, Status
 from .. import leaderboard
 from ..service import Service
 from ..store import LISTED
-from .access import LARGEST, Gate
+from .access import Gate
+from .bodies import LARGEST
 from .examples import EXPERIMENT, LEADERBOARD
 
 Limit = Annotated[int, Query(ge=1, le=LISTED)]

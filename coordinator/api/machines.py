@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import math
 from typing import Annotated, Any
 from uuid import UUID
 
@@ -16,12 +15,9 @@ from ..auth import Caller
 from ..service import Service
 from ..store import Conflict, Impossible, Member
 from ..writer import StorageUnavailable
-from .access import LARGEST, Gate
+from .access import Gate
+from .bodies import TooLarge, check
 from .examples import HEARTBEAT, REGISTRATION, REPORT
-
-
-class TooLarge(Impossible):
-    """More than one request may carry."""
 
 
 def router(service: Service, gate: Gate) -> APIRouter:
@@ -35,6 +31,7 @@ def router(service: Service, gate: Gate) -> APIRouter:
         registration: Annotated[Registration, Body(examples=[REGISTRATION])], caller: Caller = may_join
     ) -> Any:
         """Joins the swarm, or comes back. The same uid is the same machine; a taken name gets a number."""
+        check(registration)
         return service.register(registration, caller).model_dump(mode="json")
 
     @routes.get("/machines", dependencies=[gate.look])
@@ -86,6 +83,7 @@ def router(service: Service, gate: Gate) -> APIRouter:
     @routes.post("/import/machines", status_code=201, dependencies=[gate.admin])
     def import_machine(registration: Registration) -> dict[str, str]:
         """A machine for results from elsewhere; it is never at work here."""
+        check(registration)
         if any(m.uid == registration.uid and m.state is not MachineState.IMPORTED for m in store.members()):
             raise Conflict(f"{registration.uid} is a machine of this swarm; import under a uid of its own")
         return {"machine": store.register(registration, service.task.branch_prefix, MachineState.IMPORTED).name}
@@ -103,22 +101,10 @@ def router(service: Service, gate: Gate) -> APIRouter:
 
 async def accept(service: Service, machine: Member, experiment: UUID, report: ExperimentReport) -> wire.Accepted:
     """Raises TooLarge, Impossible or StorageUnavailable."""
-    if not _is_data(report.model_dump()):
-        raise Impossible("finite numbers, whole characters and 32 levels are what a database holds")
+    check(report)
     for what, text, most in (("diff", report.diff, MAX_DIFF_BYTES), ("log tail", report.log_tail, MAX_LOG_BYTES)):
         if text and len(text.encode()) > most:
             raise TooLarge(f"the {what} has {len(text.encode())} bytes, {most} is the most")
-    lease = report.lease.attempt if report.lease else 0
-    for number in (
-        report.version,
-        report.number,
-        report.nodes_added,
-        report.decided_at,
-        lease,
-        *(run.seed for run in report.runs),
-    ):
-        if abs(number) > LARGEST:
-            raise Impossible(f"{number}: integers have 64 bits here")
     if fault := service.disk_fault():
         raise StorageUnavailable(fault)
     job = service.store.report(machine, experiment, report)
@@ -126,17 +112,3 @@ async def accept(service: Service, machine: Member, experiment: UUID, report: Ex
     if accepted.closed and report.lease is not None:
         service.presence.closed(report.lease.id)
     return accepted
-
-
-def _is_data(value: Any, levels: int = 32) -> bool:
-    """Whether every database takes it as JSON; Python reads NaN, half a surrogate pair and 900 levels as well."""
-    match value:
-        case dict():
-            return levels > 0 and all(_is_data(key) and _is_data(inner, levels - 1) for key, inner in value.items())
-        case list():
-            return levels > 0 and all(_is_data(inner, levels - 1) for inner in value)
-        case str():
-            return not any("\ud800" <= character <= "\udfff" for character in value)
-        case float():
-            return math.isfinite(value)
-    return True

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-import sys
+import re
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -226,31 +226,6 @@ def test_a_transition_is_told_once(store: Store) -> None:
     assert [e.kind for e in store.events(0, 9)] == ["registered", "offline", "online"]
 
 
-def test_everybody_always_finds_a_machine(store: Store) -> None:
-    """Somebody looks while it registers again and again."""
-    uid, stop = uuid4(), threading.Event()
-    store.register(registration("m1", uid), PREFIX)
-
-    def look() -> int:
-        while not stop.is_set():
-            before = store.member("m1").incarnation
-        return before
-
-    switch = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    try:
-        with ThreadPoolExecutor(1) as pool:
-            looking = pool.submit(look)
-            for _ in range(20):
-                store.register(registration("m1", uid), PREFIX)
-            stop.set()
-            assert looking.result() <= 21
-    finally:
-        stop.set()
-        sys.setswitchinterval(switch)
-    assert store.member("m1").incarnation == 21
-
-
 def test_text_that_no_database_takes(store: Store) -> None:
     m1 = machine(store, version="0.1\0dev", hardware=wire.Hardware(host="a\0b"))
     identity = m1.tries(1.0, description="nul \0", proposer="p\0", reason="\0", code_state="\0", fingerprint="\0")
@@ -260,6 +235,8 @@ def test_text_that_no_database_takes(store: Store) -> None:
         assert not store.leaderboard("group", **where).standings
         assert not store.experiments(**where).experiments
     assert not store.leaderboard("group", machine="\0").standings
+    store.add_token(token_values("a" * 64, None) | {"label": "\0"})
+    assert [row.label for row in store.tokens()] == ["�"]
     for ask in (store.lineage, store.find, lambda name: store.experiments(machine=name)):
         with pytest.raises(NotFound):
             ask("\0")
@@ -831,6 +808,35 @@ def test_tokens(store: Store) -> None:
     assert {row.id: row.revoked_at is not None for row in store.tokens()} == {mine: True, theirs: False}
 
 
+@pytest.mark.parametrize("url", ["sqlite"], indirect=True)
+def test_indexes_are_used(store: Store) -> None:
+    """SQLite passes a partial index over in silence where a query is worded in another way (77 ms a report, not 9)."""
+    m1 = machine(store)
+    asked: list[tuple[str, Any]] = []
+
+    @event.listens_for(store.engine, "before_cursor_execute")
+    def note(_c: Any, _cursor: Any, statement: str, parameters: Any, _context: Any, _many: Any) -> None:
+        if statement.startswith("SELECT"):
+            asked.append((statement, parameters))
+
+    identity = m1.tries(1.0, 1.1)
+    store.find(str(identity)[:8])
+    store.experiment(identity)
+    store.diff(identity)
+    store.lineage(BASE)
+    for where in ({"machine": "m1"}, {"status": ["keep"]}, {"idea": m1.reports[identity].idea}):
+        store.experiments(**where)
+    event.remove(store.engine, "before_cursor_execute", note)
+    with store.read() as connection:
+        plans = [
+            " ".join(row[3] for row in connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {statement}", parameters))
+            for statement, parameters in asked
+        ]
+    assert not [plan for plan in plans if re.search(r"SCAN (experiments|details|runs|machines|ideas)", plan)]
+    used = set(re.findall(r"ix_experiments_\w+", " ".join(plans)))
+    assert used >= {f"ix_experiments_{name}" for name in ("heads", "reruns", "suspects", "tested", "kept", "status")}
+
+
 # -- commits
 
 
@@ -912,7 +918,10 @@ def outage(store: Store, config: pytest.Config) -> Iterator[None]:
         pages = 2**32 - 2
 
 
-def test_an_outage_loses_nothing(open_store: Callable[..., Store], request: pytest.FixtureRequest) -> None:
+WHY = {"sqlite": "disk is full", "postgresql": "terminating connection|connection failed|closed the connection"}
+
+
+def test_an_outage_loses_nothing(url: str, open_store: Callable[..., Store], request: pytest.FixtureRequest) -> None:
     store = open_store()
     m1 = machine(store)
     m1.tries(1.0)
@@ -927,7 +936,9 @@ def test_an_outage_loses_nothing(open_store: Callable[..., Store], request: pyte
     before = store.writer.last_event, standings(store), store.members()
     with outage(store, request.config):
         for future in send():
-            with pytest.raises(StorageUnavailable, match="the database took nothing: "):
+            with pytest.raises(
+                StorageUnavailable, match=f"the database took nothing: .*({WHY[url.partition(':')[0]]})"
+            ):
                 future.result()
         assert store.writer.fault
         with pytest.raises(StorageUnavailable):

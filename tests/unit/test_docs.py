@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import typer
 
+from coordinator.cli import app
 from shared.prepare.constants import PROFILES
 from shared.task import Range, RatchetSettings, Rung, SanityBounds, TaskSpec
 from shared.wire import Kind, LeaseState, MachineState, Role, Status
 from tests.conftest import ROOT
-from coordinator.cli import app
 
 CLI = (ROOT / "docs" / "cli.md").read_text()
 SETTINGS = (ROOT / "docs" / "settings.md").read_text()

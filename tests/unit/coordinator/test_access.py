@@ -51,6 +51,18 @@ def test_the_token_in_a_header(read: object, header: str, token: str | None) -> 
     assert read(header) == token
 
 
+@pytest.mark.parametrize(
+    "read",
+    [
+        token_of,
+        pytest.param(hub_token_of, marks=pytest.mark.xfail(raises=ValueError, strict=True, reason="hub.py: a 500")),
+    ],
+)
+def test_a_header_that_is_not_even_ascii_holds_no_token(read: object) -> None:
+    assert callable(read)
+    assert read("Basic \xff") is None
+
+
 MEMBER = Member(7, uuid4(), "m1", "refs/heads/b", "refs/attic/m1", "cpu", 3, MachineState.ONLINE, False, ("explore",))
 
 
