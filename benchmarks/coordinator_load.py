@@ -428,10 +428,13 @@ def database(kind: str) -> Iterator[str | None]:
     if kind == "sqlite":
         yield None
         return
-    from tests.postgres import fresh_database, running
+    from tests.postgres import Server
 
-    with running() as server:
-        yield fresh_database(server)
+    server = Server(fsync=True)
+    try:
+        yield server.database()
+    finally:
+        server.remove()
 
 
 def show(lines: list[dict[str, Any]]) -> None:

@@ -22,6 +22,7 @@ from sqlalchemy import (
     ColumnElement,
     Connection,
     Engine,
+    Executable,
     Row,
     Select,
     and_,
@@ -37,6 +38,7 @@ from sqlalchemy import (
     select,
     update,
 )
+from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import DBAPIError
 
 from shared import wire
@@ -195,6 +197,7 @@ class Store:
         except BadInput:
             self.engine.dispose()
             raise
+        self._count = _counting(self.engine.dialect.name)
         self._study: Study | None = None
         self._members: dict[str, Member] = {}
         self._ids: dict[int, Member] = {}
@@ -476,9 +479,10 @@ class Store:
         else:
             position = stored.position
             t.connection.execute(update(Experiment).where(Experiment.position == position).values(**values))
+            t.flush()  # the runs may be from a job of the same commit
             t.connection.execute(delete(Run).where(Run.position == position))
-        if report.runs:
-            t.connection.execute(_INSERT_RUN, [_run_row(position, n, run) for n, run in enumerate(report.runs)])
+        for number, run in enumerate(report.runs):
+            t.later(_INSERT_RUN, _run_row(position, number, run))
         self._count_idea(t, machine, report, position, stored.status if stored is not None else None)
         t.event(
             "experiment" if stored is None else "revised",
@@ -533,28 +537,25 @@ class Store:
             "diff": _packed(report.diff),
             "log_tail": _packed(report.log_tail or None),
         }
-        t.connection.execute(_INSERT_DETAIL, detail)
+        t.later(_INSERT_DETAIL, detail)
         return position
 
     def _count_idea(
         self, t: Transaction, machine: Member, report: ExperimentReport, position: int, before: str | None
     ) -> None:
         kept = (report.status is Status.KEEP) - (before == Status.KEEP)
-        tried = before is None
-        if not kept and not tried:
-            return
-        counted = t.connection.execute(_COUNT_IDEA, {"idea": report.idea, "more_tried": int(tried), "more_kept": kept})
-        if counted.rowcount == 0:
+        tried = int(before is None)
+        if kept or tried:
             idea = {
                 "id": report.idea,
                 "fingerprint": _clean(report.fingerprint),
                 "description": _clean(report.description),
                 "machine_id": machine.id,
                 "position": position,
-                "tried": 1,
+                "tried": tried,
                 "kept": kept,
             }
-            t.connection.execute(_INSERT_IDEA, idea)
+            t.later(self._count, idea)
 
     # -- standings
 
@@ -1231,12 +1232,6 @@ _STORED = select(
 _INSERT_EXPERIMENT = insert(table(Experiment))
 _INSERT_DETAIL = insert(table(Detail))
 _INSERT_RUN = insert(table(Run))
-_INSERT_IDEA = insert(table(Idea))
-_COUNT_IDEA = (
-    update(table(Idea))
-    .where(Idea.id == bindparam("idea"))
-    .values(tried=Idea.tried + bindparam("more_tried"), kept=Idea.kept + bindparam("more_kept"))
-)
 _OF_STANDING = (
     Standing.machine_id == bindparam("of_machine"),
     Standing.profile == bindparam("of_profile"),
@@ -1244,6 +1239,15 @@ _OF_STANDING = (
 )
 _STANDING = select(Standing.__table__).where(*_OF_STANDING)
 _ONE_MORE = update(table(Standing)).where(*_OF_STANDING).values(experiments=Standing.experiments + 1)
+
+
+def _counting(dialect: str) -> Executable:
+    """Inserts an idea, or adds to the counts of one that is known; the first report of it stays its description."""
+    upsert = (postgresql if dialect == "postgresql" else sqlite).insert(table(Idea))
+    more = upsert.excluded
+    counts = {"tried": Idea.tried + more.tried, "kept": Idea.kept + more.kept}
+    counting: Executable = upsert.on_conflict_do_update(index_elements=["id"], set_=counts)
+    return counting
 
 
 def _here(machine_id: int, profile: str, rung: str) -> tuple[ColumnElement[bool], ...]:

@@ -2,7 +2,8 @@
 
 With a single writer, events get their positions in commit order on every database, SQLite never meets a lock, and one
 fsync serves all that waited for the last one. A job is a function of a Transaction; it either happens whole, or raises
-to its caller and leaves nothing. A commit that failed may have happened all the same (the answer was lost), so the next
+to its caller and leaves nothing. Where one of several fails all are run a second time, so that what a job changes in
+memory comes by `after_commit`. A commit that failed may have happened all the same (the answer was lost), so the next
 transaction first reads what is there. NOT covered: a second process writing to the same tables; the coordinator's lock
 keeps one from starting.
 """
@@ -15,10 +16,11 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from sqlalchemy import Connection, Engine, insert, select
+from sqlalchemy import Connection, Engine, Executable, insert, select
 from sqlalchemy.exc import InterfaceError, InternalError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
@@ -30,6 +32,7 @@ from . import tables
 BATCH = 64  #: jobs committed together at most
 
 T = TypeVar("T")
+Rows = dict[Executable, list[dict[str, Any]]]  #: by the statement that inserts them, in the order they came
 TROUBLE = (OperationalError, InterfaceError, InternalError, PoolTimeout)  #: the database's, not a job's
 
 log = logging.getLogger(__name__)
@@ -48,8 +51,22 @@ class Transaction:
     connection: Connection
     next_position: int
     at: int
+    rows: Rows = field(default_factory=dict)
     events: list[Event] = field(default_factory=list)
     consequences: list[Callable[[], object]] = field(default_factory=list)
+
+    def later(self, insertion: Executable, row: dict[str, Any]) -> None:
+        """A row that no job reads before the next `flush`: those of all jobs go to the database in one statement."""
+        self.rows.setdefault(insertion, []).append(row)
+
+    def record(self) -> None:
+        for event in self.events:
+            self.later(_INSERT_EVENT, event.model_dump())
+
+    def flush(self) -> None:
+        for insertion, rows in self.rows.items():
+            self.connection.execute(insertion, rows)
+        self.rows.clear()
 
     def after_commit(self, consequence: Callable[[], object]) -> None:
         """For what is kept in memory: called on the writer's thread, in commit order, and only if it is committed."""
@@ -65,6 +82,18 @@ class Transaction:
 class _Job:
     run: Callable[[Transaction], Any]
     future: Future[Any] = field(default_factory=Future)
+
+
+class _Failed(Exception):
+    """One job of several failed; what all of them wrote is undone."""
+
+
+@dataclass
+class _Outcome:
+    done: list[tuple[_Job, Any]] = field(default_factory=list)
+    failed: list[tuple[_Job, Exception]] = field(default_factory=list)
+    events: list[Event] = field(default_factory=list)
+    consequences: list[Callable[[], object]] = field(default_factory=list)
 
 
 class Writer:
@@ -132,41 +161,54 @@ class Writer:
         batch = [job for job in batch if job.future.set_running_or_notify_cancel()]
         if not batch:
             return
-        done: list[tuple[_Job, Any]] = []
-        failed: list[tuple[_Job, Exception]] = []
-        events: list[Event] = []
-        consequences: list[Callable[[], object]] = []
         try:
-            with self._engine.begin() as connection:
-                if self._in_doubt:
-                    events += self._missed(connection)
-                for job in batch:
-                    transaction = Transaction(connection, self._next_event + len(events), int(time.time()))
-                    try:
-                        with connection.begin_nested():
-                            value = job.run(transaction)
-                            self._record(connection, transaction.events)
-                    except TROUBLE:
-                        raise
-                    except Exception as error:
-                        failed.append((job, error))
-                    else:
-                        done.append((job, value))
-                        events += transaction.events
-                        consequences += transaction.consequences
-        except Exception as error:  # jobs' own are in `failed`: whatever comes here kept the transaction from happening
+            try:
+                outcome = self._attempt(batch, apart=False)
+            except _Failed:
+                outcome = self._attempt(batch, apart=True)
+        except Exception as error:  # jobs' own do not come here: whatever does kept the transaction from happening
             self._in_doubt = True
             self.fault = _first_cause(error)
             for job in batch:
                 job.future.set_exception(StorageUnavailable(f"the database took nothing: {self.fault}"))
             return
         self._in_doubt, self.fault = False, None
-        self._next_event += len(events)
-        self._tell(events, consequences)
-        for job, value in done:
+        self._next_event += len(outcome.events)
+        self._tell(outcome.events, outcome.consequences)
+        for job, value in outcome.done:
             job.future.set_result(value)
-        for job, problem in failed:
+        for job, problem in outcome.failed:
             job.future.set_exception(problem)
+
+    def _attempt(self, batch: list[_Job], apart: bool) -> _Outcome:
+        """Commits the jobs together. `apart`: each in a savepoint of its own, which costs two statements a job, so that
+        one that fails leaves the others. Raises _Failed where one fails and they are not apart."""
+        outcome = _Outcome()
+        with self._engine.begin() as connection:
+            if self._in_doubt:
+                outcome.events += self._missed(connection)
+            rows: Rows = {}
+            for job in batch:
+                transaction = Transaction(connection, self._next_event + len(outcome.events), int(time.time()), rows)
+                try:
+                    with connection.begin_nested() if apart else nullcontext():
+                        value = job.run(transaction)
+                        transaction.record()
+                        if apart:
+                            transaction.flush()
+                except TROUBLE:
+                    raise
+                except Exception as error:
+                    if not apart:
+                        raise _Failed from error
+                    rows.clear()
+                    outcome.failed.append((job, error))
+                else:
+                    outcome.done.append((job, value))
+                    outcome.events += transaction.events
+                    outcome.consequences += transaction.consequences
+            transaction.flush()
+        return outcome
 
     def _tell(self, events: list[Event], consequences: list[Callable[[], object]]) -> None:
         """The thread outlives a listener's fault: all that is written after it goes through here."""
@@ -184,11 +226,6 @@ class Writer:
         events = tables.Event.__table__
         query = select(events).where(events.c.position >= self._next_event).order_by(events.c.position)
         return [Event.model_validate(dict(row._mapping)) for row in connection.execute(query)]
-
-    @staticmethod
-    def _record(connection: Connection, events: list[Event]) -> None:
-        if events:
-            connection.execute(_INSERT_EVENT, [event.model_dump() for event in events])
 
 
 def _first_cause(error: BaseException) -> str:

@@ -25,10 +25,10 @@ class Missing(Exception):
 
 
 class Server:
-    """One server on a unix socket and a free loopback port, for whoever is on this machine; no fsync."""
+    """One server on a unix socket and a free loopback port, for whoever is on this machine."""
 
-    def __init__(self) -> None:
-        """Raises Missing."""
+    def __init__(self, fsync: bool = False) -> None:
+        """Without `fsync` a power cut may take what was committed, as a test may. Raises Missing."""
         try:
             import psycopg
         except ImportError:
@@ -36,6 +36,7 @@ class Server:
         self._connect = psycopg.connect
         self._programs = _programs()
         self._user = _user()
+        self._fsync = "on" if fsync else "off"
         self._folder = Path(tempfile.mkdtemp(prefix="pg-", dir="/tmp"))  # a socket's path has 107 bytes at most
         if self._user is not None:
             shutil.chown(self._folder, self._user)
@@ -65,7 +66,8 @@ class Server:
             connection.execute(f"DROP DATABASE {url.rpartition('/')[2]} WITH (FORCE)")
 
     def start(self) -> None:
-        settings = f"-p {self.port} -k {self._folder} -c listen_addresses=127.0.0.1 -c fsync=off -c max_connections=100"
+        settings = f"-p {self.port} -k {self._folder} -c listen_addresses=127.0.0.1 -c max_connections=100"
+        settings += f" -c fsync={self._fsync}"
         self._run("pg_ctl", "start", "-w", "-D", "data", "-l", "log", "-o", settings)
 
     def stop(self) -> None:
