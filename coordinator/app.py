@@ -56,7 +56,7 @@ def create_app(service: Service, *, loopback: bool = True) -> Front:
         description="Every machine's branch, one result database, one leaderboard.",
         lifespan=_lifespan(service),
         openapi_url=f"{API}/openapi.json",
-        docs_url=f"{API}/docs",
+        docs_url=None,  # its page takes scripts from elsewhere
         redoc_url=None,
         swagger_ui_oauth2_redirect_url=None,
         responses={"default": _DESCRIBED},
@@ -134,6 +134,9 @@ class Front:
         if self._loopback and not self._service.tokens.needed and not _is_ours(headers):
             refusal = problem(403, "Not allowed", "without tokens only localhost and 127.0.0.1 are answered", False)
             await refusal(scope, receive, send)
+        elif _from_elsewhere(scope["method"], headers):
+            refusal = problem(403, "Not allowed", "a page of another origin may not change anything here", False)
+            await refusal(scope, receive, send)
         elif scope["path"].startswith("/git/"):
             await self._service.hub(
                 {**scope, "path": scope["path"].removeprefix("/git"), "root_path": "/git"}, receive, send
@@ -154,6 +157,14 @@ def _is_ours(headers: dict[bytes, bytes]) -> bool:
     """A page elsewhere may reach us through a browser: its own name can lead to 127.0.0.1, or it just posts here."""
     origin = headers.get(b"origin")
     return _is_local(headers.get(b"host", b"")) and (origin is None or _is_local(origin.partition(b"://")[2]))
+
+
+def _from_elsewhere(method: str, headers: dict[bytes, bytes]) -> bool:
+    """A browser sends a password that it knows with any page's requests; only Basic ones come by themselves."""
+    if method in ("GET", "HEAD") or not headers.get(b"authorization", b"").lower().startswith(b"basic"):
+        return False
+    origin = headers.get(b"origin")
+    return origin is not None and origin.partition(b"://")[2].lower() != headers.get(b"host", b"").lower()
 
 
 def _is_local(host: bytes) -> bool:

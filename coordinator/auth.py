@@ -8,16 +8,16 @@ administrator; revoking the last one locks everybody out, it does not open the d
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import hmac
 import math
 import secrets
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from sqlalchemy import Row
 
 from shared.errors import BadInput, Refused
 from shared.wire import MachineState, Role, TokenMade, TokenOrder, TokenView
@@ -51,8 +51,45 @@ class Caller:
 ANYONE = Caller(Role.ADMIN)  #: on loopback, while no person has made a token
 
 
+def token_of(authorization: str) -> str | None:
+    """The token in a Bearer header, or the password of a Basic one (browsers and git)."""
+    scheme, _, value = authorization.partition(" ")
+    match scheme.lower():
+        case "bearer":
+            return value.strip() or None
+        case "basic":
+            try:
+                return base64.b64decode(value, validate=True).decode().partition(":")[2] or None
+            except ValueError:  # also of what is not even ASCII
+                return None
+    return None
+
+
 def hashed(token: str) -> str:
     return hashlib.sha256(token.encode()).hexdigest()
+
+
+def _new(role: Role, label: str, machine_id: int | None, expires_s: float | None) -> tuple[str, dict[str, Any]]:
+    """A token, and what is stored of it."""
+    token = f"swarm_{role}_{secrets.token_urlsafe(32)}"
+    values = {
+        "hash": hashed(token),
+        "role": role,
+        "label": label,
+        "machine_id": machine_id,
+        "created_at": int(time.time()),
+        "expires_at": None if expires_s is None else math.ceil(time.time() + min(expires_s, LONGEST_S)),
+        "revoked_at": None,
+    }
+    return token, values
+
+
+@dataclass(frozen=True)
+class _Known:
+    hash: str
+    role: Role
+    machine_id: int | None
+    expires_at: int | None
 
 
 class Tokens:
@@ -60,18 +97,34 @@ class Tokens:
 
     def __init__(self, store: Store, state: Path) -> None:
         self._store, self._marker = store, state / MARKER
-        self._live: dict[str, Row[Any]] = {}
+        self._lock = threading.Lock()  # memory follows the database in steps that do not mix
+        self._live: dict[str, _Known] = {}
         self._former: dict[str, int] = {}  #: revoked tokens of machines
+        self._of_machine: dict[int, list[str]] = {}  #: hashes of live tokens
         self._needed = False
         self._seen = (-1, -1)
         self._load()
 
     def _load(self) -> None:
-        self._seen = self._changed()  # first: a change that comes meanwhile is then seen at the next call
-        rows = self._store.tokens()
-        self._needed = any(row.role != Role.WORKER for row in rows)
-        self._former = {row.hash: row.machine_id for row in rows if row.revoked_at is not None and row.machine_id}
-        self._live = {row.hash: row for row in rows if row.revoked_at is None}
+        with self._lock:
+            self._seen = self._changed()  # first: a change that comes meanwhile is then seen at the next call
+            rows = self._store.tokens()
+            self._needed = any(row.role != Role.WORKER for row in rows)
+            self._former = {row.hash: row.machine_id for row in rows if row.revoked_at is not None and row.machine_id}
+            self._live, self._of_machine = {}, {}
+            for row in rows:
+                if row.revoked_at is None:
+                    self._know(_Known(row.hash, Role(row.role), row.machine_id, row.expires_at))
+
+    def _know(self, known: _Known) -> None:
+        self._live[known.hash] = known
+        if known.machine_id is not None:
+            self._of_machine.setdefault(known.machine_id, []).append(known.hash)
+
+    def _forget(self, machine_id: int) -> None:
+        for hash_ in self._of_machine.pop(machine_id, ()):
+            self._live.pop(hash_, None)
+            self._former[hash_] = machine_id
 
     def _changed(self) -> tuple[int, int]:
         """Also its size: two changes may fall into one tick of the file system's clock (4 ms)."""
@@ -88,12 +141,12 @@ class Tokens:
         if not token:
             return None if self.needed else ANYONE
         wanted = hashed(token)
-        row = self._live.get(wanted)
-        if row is None or not hmac.compare_digest(row.hash, wanted):
+        known = self._live.get(wanted)
+        if known is None or not hmac.compare_digest(known.hash, wanted):
             return None
-        if row.expires_at is not None and row.expires_at <= time.time():
+        if known.expires_at is not None and known.expires_at <= time.time():
             return None
-        return Caller(Role(row.role), row.machine_id)
+        return Caller(known.role, known.machine_id)
 
     def former(self, token: str | None) -> int | None:
         """The machine that a revoked token spoke for."""
@@ -112,39 +165,28 @@ class Tokens:
         machine = self._store.member(order.machine) if order.machine else None
         if machine is not None and machine.state in (MachineState.RETIRED, MachineState.IMPORTED):
             raise BadInput(f"{machine.name} is {machine.state}: nothing speaks for it any more")
-        return self._make(order.role, order.label, machine.id if machine else None, order.expires_s)
-
-    def for_machine(self, machine_id: int) -> str:
-        """A new token for a machine; those it had before are revoked."""
-        self._store.revoke_tokens(Token.machine_id == machine_id)
-        return self._make(Role.WORKER, "made at registration", machine_id, None).token
-
-    def _make(self, role: Role, label: str, machine_id: int | None, expires_s: float | None) -> TokenMade:
-        token = f"swarm_{role}_{secrets.token_urlsafe(32)}"
-        now = int(time.time())
-        expires = None if expires_s is None else math.ceil(time.time() + min(expires_s, LONGEST_S))
-        values = {
-            "hash": hashed(token),
-            "role": role,
-            "label": label,
-            "machine_id": machine_id,
-            "created_at": now,
-            "expires_at": expires,
-            "revoked_at": None,
-        }
+        token, values = _new(order.role, order.label, machine.id if machine else None, order.expires_s)
         identity = self._store.add_token(values)
         self._tell()
-        machine = self._store.member_by_id(machine_id).name if machine_id else None
         return TokenMade(
             id=identity,
-            role=role,
-            label=label,
-            machine=machine,
-            created_at=now,
-            expires_at=expires,
+            role=order.role,
+            label=order.label,
+            machine=machine.name if machine else None,
+            created_at=values["created_at"],
+            expires_at=values["expires_at"],
             revoked=False,
             token=token,
         )
+
+    def for_machine(self, machine_id: int) -> str:
+        """A new token for a machine; those it had before are revoked. Nobody else need read them all anew for this."""
+        self.revoke_machine(machine_id)
+        token, values = _new(Role.WORKER, "made at registration", machine_id, None)
+        self._store.add_token(values)
+        with self._lock:
+            self._know(_Known(values["hash"], Role.WORKER, machine_id, None))
+        return token
 
     def revoke(self, identity: int) -> None:
         """Raises NotFound for one that is not there or is revoked."""
@@ -154,7 +196,8 @@ class Tokens:
 
     def revoke_machine(self, machine_id: int) -> None:
         self._store.revoke_tokens(Token.machine_id == machine_id)
-        self._tell()
+        with self._lock:
+            self._forget(machine_id)
 
     def _tell(self) -> None:
         """Other processes too."""

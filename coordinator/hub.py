@@ -10,8 +10,6 @@ NOT covered: who holds which token (`access` knows), what is announced to whom (
 from __future__ import annotations
 
 import asyncio
-import base64
-import binascii
 import contextlib
 import json
 import logging
@@ -29,6 +27,8 @@ from pathlib import Path
 from typing import Any
 
 from shared.git import Repo
+
+from .auth import token_of
 
 LIMIT_BYTES = 64 << 20  #: the largest push; a keep with 16 attempts is some 10 KB
 FRAMING_BYTES = 1 << 20  #: beside the pack; git refuses a pack over the limit in words, HTTP only what goes beyond this
@@ -376,16 +376,3 @@ class Work:
         except (ProcessLookupError, PermissionError):  # macOS says the latter of a group of zombies
             return False
         return True
-
-
-def token_of(authorization: str) -> str | None:
-    """From `Basic user:TOKEN`, as git sends it, or `Bearer TOKEN`."""
-    kind, _, value = authorization.partition(" ")
-    if kind.lower() == "bearer":
-        return value.strip() or None
-    if kind.lower() != "basic":
-        return None
-    try:
-        return base64.b64decode(value, validate=True).decode().partition(":")[2] or None
-    except (binascii.Error, UnicodeDecodeError):
-        return None

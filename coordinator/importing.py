@@ -20,6 +20,7 @@ from uuid import NAMESPACE_URL, UUID, uuid5
 import typer
 from pydantic import ValidationError
 
+from shared import wire
 from shared.client import CoordinatorClient, Rejected, client_from
 from shared.errors import BadInput, Refused
 from shared.git import GitError, Repo, http_environment
@@ -34,7 +35,6 @@ from worker.workspace import RESULTS, code_state, nodes_added
 from .look import Coordinator, Token
 
 ORIGIN = uuid5(NAMESPACE_URL, "urn:swarm:import")
-IMPORTED = "refs/heads/imported/"  #: where imported branches lie in the hub
 COLUMNS = ("commit", "", "memory_gb", "status", "description")  #: the second one has the metric's name
 MAINS = ("refs/heads/main", "refs/heads/master", "refs/remotes/origin/main", "refs/remotes/origin/master")
 
@@ -516,7 +516,7 @@ def send(
     refused: list[str] = []
     if session.branch is not None:
         repo, tip = session.branch
-        refused += _push(repo, f"{tip}:{IMPORTED}{machine}", client, campaign)
+        refused += _push(repo, f"{tip}:{wire.IMPORTED}{machine}", client, campaign)
     new = 0
     for index, attempt in enumerate(session.attempts):
         number = session.first + index

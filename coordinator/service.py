@@ -26,7 +26,6 @@ from .stream import Stream
 
 VERSION = version("ratchet-swarm")
 PAUSE_S = 30.0  #: a paused machine asks again after so long
-IMPORTED = "refs/heads/imported/"  #: branches that an administrator brought
 
 
 @dataclass(frozen=True)
@@ -113,7 +112,7 @@ class Service:
                 pushes += (self.promoted,)
             return Access(True, () if member.state is MachineState.RETIRED else pushes, None, member.name)
         if caller.role is Role.ADMIN:
-            return Access(True, (), IMPORTED, None)
+            return Access(True, (), wire.IMPORTED, None)
         return Access(caller.role is Role.VIEWER)
 
     @property
@@ -123,6 +122,10 @@ class Service:
     async def _pushed(self, access: Access) -> None:
         if access.machine is not None:
             await asyncio.to_thread(self.note_push, self.store.member(access.machine))
+            return
+        for member in self.store.members():  # an administrator's
+            if member.state is MachineState.IMPORTED:
+                await asyncio.to_thread(self.note_push, member)
 
     def note_push(self, member: Member) -> None:
         refs = self.hub.refs(member.branch, member.attic)
@@ -138,16 +141,18 @@ class Service:
                 f"the worker ({registration.version}) speaks protocol {registration.protocol}, the coordinator "
                 f"({VERSION}) {wire.PROTOCOL}: upgrade the {older}"
             )
-        known = next((m for m in self.store.members() if m.uid == registration.uid), None)
+        known = self.store.member_by_uid(registration.uid)
         if caller.role is Role.WORKER and (known is None or known.id != caller.machine_id):
             raise Forbidden("this token is bound to another machine; register with a join token")
+        if known is not None and known.state is MachineState.IMPORTED:
+            raise Conflict(f"{known.name} is a log from elsewhere; remove this machine's state folder to join anew")
         if known is not None and known.state is MachineState.RETIRED:
             raise Conflict(f"{known.name} was retired; remove its state folder to join as a new machine", wire.RETIRED)
         member = self.store.register(registration, self.task.branch_prefix)
         token = None if caller.role is Role.WORKER else self.tokens.for_machine(member.id)
         self.presence.left(member.id)
         self.presence.arrived(member.id)
-        for lease in self.store.granted():
+        for lease in self.store.granted() if registration.holds else ():
             if lease.holder_id == member.id:
                 self.presence.granted(lease.id, lease.attempt, member.id, Kind(lease.kind))
         return wire.Registered(

@@ -201,6 +201,7 @@ class Store:
         self._study: Study | None = None
         self._members: dict[str, Member] = {}
         self._ids: dict[int, Member] = {}
+        self._uids: dict[UUID, Member] = {}
         with self.read() as connection:
             last = connection.execute(select(func.max(tables.Event.position))).scalar() or 0
             self._experiments = connection.execute(select(func.max(Experiment.position))).scalar() or 0
@@ -267,7 +268,7 @@ class Store:
     def _remember(self, member: Member) -> None:
         """Only the writer's thread comes here, in commit order. Nobody who looks meanwhile misses a machine."""
         before = self._ids.get(member.id)
-        self._ids[member.id] = self._members[member.name] = member
+        self._ids[member.id] = self._members[member.name] = self._uids[member.uid] = member
         if before is not None and before.name != member.name:
             del self._members[before.name]
 
@@ -287,6 +288,9 @@ class Store:
 
     def member_by_id(self, machine_id: int) -> Member:
         return self._ids[machine_id]
+
+    def member_by_uid(self, uid: UUID) -> Member | None:
+        return self._uids.get(uid)
 
     def members(self) -> list[Member]:
         return list(self._members.values())
@@ -320,11 +324,12 @@ class Store:
                     self._update_levels(t.connection, known.id)
             else:
                 name = self._free_name(t.connection, registration.name)
+                branch = f"refs/heads/{branch_prefix}/{self.study.tag}-{name}"
                 machine_id = t.connection.execute(
                     insert(Machine).values(
                         uid=registration.uid,
                         name=name,
-                        branch=f"refs/heads/{branch_prefix}/{self.study.tag}-{name}",
+                        branch=f"{wire.IMPORTED}{name}" if state is MachineState.IMPORTED else branch,
                         attic=f"refs/attic/{name}",
                         incarnation=1,
                         state=state,
@@ -722,11 +727,14 @@ class Store:
         wanted = self.member(order.machine).id if order.machine else None
 
         def job(t: Transaction) -> UUID:
-            owner = t.connection.execute(
-                select(Experiment.machine_id).where(Experiment.id == order.experiment)
-            ).scalar()
-            if owner is None:
+            about = t.connection.execute(
+                select(Experiment.machine_id, Experiment.tested).where(Experiment.id == order.experiment)
+            ).first()
+            if about is None:
                 raise NotFound(f"no experiment {order.experiment}")
+            owner = about.machine_id
+            if order.kind is not Kind.CONFIRM and (len(about.tested) < 40 or about.tested == wire.NO_COMMIT):
+                raise Conflict("its code is not on the hub: it was imported from a log that only has the results")
             if order.kind is Kind.CONFIRM and wanted not in (None, owner):
                 raise Conflict("an experiment is confirmed on its own machine")
             only = owner if order.kind is Kind.CONFIRM else wanted
@@ -1013,7 +1021,10 @@ class Store:
         if not re.fullmatch(r"([0-9a-f]-?){4,40}", text):
             raise NotFound(f"no experiment {identity!r}: give its id, or 4 characters or more of it or of its commit")
         low = text.replace("-", "")
-        ways = [column.between(low, low + "g") for column in (Experiment.tested, Experiment.kept)]
+        commits = (Experiment.tested, Experiment.kept)
+        ways = [column.between(low, low + "g") for column in commits]
+        # A log from elsewhere has abbreviated commits.
+        ways += [column.in_([low[:length] for length in range(7, len(low))]) for column in commits if len(low) > 7]
         if len(low) <= 32:
             ways.append(Experiment.id.between(UUID(low.ljust(32, "0")), UUID(low.ljust(32, "f"))))
         with self.read() as connection:  # one query a way: each has an index

@@ -23,6 +23,7 @@ SELF = "self"  #: in place of its name, in a machine's own calls
 
 COMMIT = r"^[0-9a-f]{7,40}$"  #: whole from a machine; a log from elsewhere has only its first 7 digits
 Commit = Annotated[str, Field(pattern=COMMIT)]
+IMPORTED = "refs/heads/imported/"  #: branches that an administrator brought, each named as its machine
 NO_COMMIT = "0" * 40  #: git's own word for none: a log from elsewhere does not name it
 Words = Annotated[str, Field(max_length=2000)]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$", max_length=63)]
@@ -447,7 +448,7 @@ class LeaseOrder(Wire):
     kind: Literal[Kind.CONFIRM, Kind.REPLAY, Kind.PROMOTE]
     experiment: UUID
     machine: Name | None = None
-    rung: str = BASE_RUNG
+    rung: Annotated[str, Field(max_length=63)] = BASE_RUNG
 
 
 class LeaseView(Wire):

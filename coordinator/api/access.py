@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Awaitable, Callable
 from typing import Annotated, Any
 
@@ -11,25 +10,11 @@ from fastapi import Depends, Header, Request
 from shared.errors import Refused
 from shared.wire import INCARNATION, RETIRED, MachineState, Role
 
-from ..auth import Caller, Forbidden, Unauthorized
+from ..auth import Caller, Forbidden, Unauthorized, token_of
 from ..service import Service
 from ..store import Conflict, Member
 
 LOOK = (Role.VIEWER, Role.WORKER, Role.ADMIN)
-
-
-def token_of(authorization: str) -> str | None:
-    """The token in a Bearer header, or the password of a Basic one (browsers and git)."""
-    scheme, _, value = authorization.partition(" ")
-    match scheme.lower():
-        case "bearer":
-            return value.strip() or None
-        case "basic":
-            try:
-                return base64.b64decode(value, validate=True).decode().partition(":")[2] or None
-            except ValueError:  # also of what is not even ASCII
-                return None
-    return None
 
 
 class Gate:

@@ -84,7 +84,8 @@ def router(service: Service, gate: Gate) -> APIRouter:
     def import_machine(registration: Registration) -> dict[str, str]:
         """A machine for results from elsewhere; it is never at work here."""
         check(registration)
-        if any(m.uid == registration.uid and m.state is not MachineState.IMPORTED for m in store.members()):
+        known = store.member_by_uid(registration.uid)
+        if known is not None and known.state is not MachineState.IMPORTED:
             raise Conflict(f"{registration.uid} is a machine of this swarm; import under a uid of its own")
         return {"machine": store.register(registration, service.task.branch_prefix, MachineState.IMPORTED).name}
 

@@ -326,6 +326,11 @@ def test_a_branch_comes_with_its_code(empty: Swarm, tmp_path: Path) -> None:
         tmp_path, "clone", "--quiet", "--branch", "imported/mar8-mini", f"{empty.url}/git/fast.git", str(copy)
     )
     assert fast_task.git(copy, "rev-parse", "HEAD") == tip
+    with closing(CoordinatorClient(empty.url)) as client:
+        assert [(b.machine, b.ref, b.commit) for b in client.branches()] == [
+            ("mar8-mini", "refs/heads/imported/mar8-mini", tip)
+        ]
+        assert [m.branch for m in client.machines()] == ["imported/mar8-mini"]
     assert fast_task.git(elsewhere, "remote") == ""
 
 

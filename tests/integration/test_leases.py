@@ -15,6 +15,7 @@ from coordinator.presence import Presence
 from coordinator.reaper import transitions
 from coordinator.store import Conflict, NotFound
 from shared.wire import (
+    NO_COMMIT,
     Accepted,
     Activity,
     Heartbeat,
@@ -26,7 +27,7 @@ from shared.wire import (
     MachineState,
 )
 from tests import postgres
-from tests.reports import PREFIX, Machine, machine, opened, order, registration
+from tests.reports import PREFIX, Machine, commit, machine, opened, order, registration, report
 
 HEARTBEAT_S, TTL_S = 10.0, 60.0
 SILENCE_S = 35.0  #: three heartbeats and the grace
@@ -166,6 +167,12 @@ def test_what_nothing_could_ever_run_is_not_queued(swarm: Swarm) -> None:
         swarm.queues(a, only="nobody")
     with pytest.raises(NotFound):
         swarm.store.queue_lease(order(uuid4()))
+    for unknown in (NO_COMMIT, commit("t")[:7]):
+        identity = uuid4()
+        gone.send(identity, report(7, tested=unknown))
+        for kind in (Kind.REPLAY, Kind.PROMOTE):
+            with pytest.raises(Conflict, match="code is not on the hub"):
+                swarm.store.queue_lease(order(identity, kind))
     assert swarm.store.leases() == []
     assert swarm.queues(gone, Kind.REPLAY) == swarm.store.leases()[0].id  # others may try its ideas
 

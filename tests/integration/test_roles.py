@@ -52,7 +52,6 @@ OLD = registration().model_dump(mode="json")
 ROUTES: dict[tuple[str, str], tuple[frozenset[str], int, Any]] = {
     ("GET", "/healthz"): (ALL, 200, None),
     ("GET", f"{API}/openapi.json"): (ALL, 200, None),
-    ("GET", f"{API}/docs"): (ALL, 200, None),
     ("GET", "/metrics"): (LOOK, 200, None),
     ("GET", f"{API}/campaign"): (LOOK, 200, None),
     ("GET", f"{API}/machines"): (LOOK, 200, None),

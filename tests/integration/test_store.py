@@ -741,6 +741,10 @@ def test_finding_by_a_beginning(store: Store) -> None:
             store.find(text)
     with pytest.raises(NotFound):
         store.experiment(store.find(str(uuid4())))
+    abbreviated = m1.send(uuid4(), report(3, tested=commit("t3")[:7], kept=commit("t3")[:7]))
+    assert abbreviated.stored
+    for text in (commit("t3"), commit("t3")[:12], commit("t3")[:7], commit("t3")[:5]):
+        assert store.find(text) == list(m1.reports)[-1], text
 
 
 def test_lineage(store: Store) -> None:
