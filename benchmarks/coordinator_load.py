@@ -7,6 +7,7 @@
 load         N simulated machines over real HTTP and git: heartbeats at the interval that the coordinator asks for, a
              report every 420 s, a push every 16 reports or keep (one report in six). A connection for every request,
              as a worker's client has at these intervals. Response times of heartbeats and reports, and of pushes.
+             The pushing gits, which would be on other computers, are niced; all else here competes as it is.
 reports      complete reports per second, 16 at a time, for 20 s.
 leaderboard  response times of the leaderboard with 1,000,000 stored experiments of 1,000 machines.
 """
@@ -252,7 +253,7 @@ class Pushers:
         refs = [f"{kept}:{machine.branch}", f"{link}:{machine.attic}"]
         started = time.monotonic()
         process = await asyncio.create_subprocess_exec(
-            "git", "push", "--quiet", "--atomic", self.repository, *refs, cwd=place, env=environment
+            *("nice", "git", "push", "--quiet", "--atomic", self.repository, *refs), cwd=place, env=environment
         )
         if await process.wait():
             times.failed += 1

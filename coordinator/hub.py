@@ -34,6 +34,7 @@ LIMIT_BYTES = 64 << 20  #: the largest push; a keep with 16 attempts is some 10 
 FRAMING_BYTES = 1 << 20  #: beside the pack; git refuses a pack over the limit in words, HTTP only what goes beyond this
 CHUNK_BYTES = 1 << 16
 AT_ONCE = 8  #: gits; the others wait
+NICE = 10  #: how far behind everything else a git stands
 DEADLINE_S = 600.0  #: a git that takes longer hangs
 GRACE_S = 2.0  #: between asking a git to stop, when it removes what it began, and killing it
 STALE_S = 6 * 3600.0  #: what a killed git left half-written is removed after this
@@ -232,7 +233,8 @@ class Hub:
 
     async def _serve(self, call: Call, access: Access, receive: Receive, send: Send) -> None:
         git = await asyncio.create_subprocess_exec(
-            *("sh", "-c", f"ulimit -d {MEMORY_KB} 2>/dev/null; exec git http-backend"),  # no such limit on macOS
+            # macOS has no such limit. A push takes some ten processes: heartbeats go before them.
+            *("sh", "-c", f"ulimit -d {MEMORY_KB} 2>/dev/null; exec nice -n {NICE} git http-backend"),
             stdin=PIPE,
             stdout=PIPE,
             stderr=PIPE,

@@ -9,6 +9,7 @@ import ipaddress
 import os
 import signal
 import socket
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -38,6 +39,7 @@ from .stream import Stream
 
 PORT = 8420
 BACKLOG = 2048
+SWITCH_S = 0.001  #: how long a thread keeps the interpreter while another wants it: the loop answers between its bursts
 
 
 @dataclass(frozen=True)
@@ -171,6 +173,7 @@ def serve(
             with _socket(address) as listener:
                 url = address.url(listener.getsockname()[1])
                 ready(url)
+                sys.setswitchinterval(SWITCH_S)
                 server_of(service, address).run(sockets=[listener])
         finally:
             service.close()
