@@ -358,7 +358,7 @@ async def throughput(url: str, seconds: float, at_once: int = 16) -> dict[str, A
 
 def fill(database: str, experiments: int, machines: int) -> None:
     """Rows as reports leave them, written in bulk, then the standings made from them."""
-    from sqlalchemy import insert, select
+    from sqlalchemy import func, insert, select
 
     from coordinator import tables
     from coordinator.store import Store
@@ -366,8 +366,8 @@ def fill(database: str, experiments: int, machines: int) -> None:
     store = Store(database)
     with store.read() as connection:
         known = [row.id for row in connection.execute(select(tables.Machine.id))][:machines]
+        position = connection.execute(select(func.max(tables.Experiment.position))).scalar() or 0
     each = experiments // len(known)
-    position = store._experiments
     draw = random.Random(1)
     for machine in known:
         rows, details = [], []
@@ -401,7 +401,7 @@ def fill(database: str, experiments: int, machines: int) -> None:
             t.connection.execute(insert(tables.Detail), details)
 
         store.writer.call(job)
-    store.rebuild_standings()
+    store.standings.rebuild()
     store.close()
 
 

@@ -24,9 +24,9 @@ from .api import admin, experiments, health, machines
 from .api.access import Gate
 from .api.bodies import TooLarge
 from .auth import Forbidden, Unauthorized
+from .database import Conflict, NotFound
 from .reaper import reap
 from .service import VERSION, Service
-from .store import Conflict, NotFound
 from .stream import ABORT
 from .writer import StorageUnavailable
 

@@ -22,7 +22,8 @@ from typing import Any
 from shared.errors import BadInput, Refused
 from shared.wire import MachineState, Role, TokenMade, TokenOrder, TokenView
 
-from .store import NotFound, Store
+from .database import NotFound
+from .store import Store
 from .tables import Token
 
 MARKER = "tokens.changed"  #: grows by a byte whenever tokens change, in whatever process
@@ -162,7 +163,7 @@ class Tokens:
         no token can speak for."""
         if (order.role is Role.WORKER) != (order.machine is not None):
             raise BadInput("a worker's token is bound to a machine, and only a worker's: name one with --machine")
-        machine = self._store.member(order.machine) if order.machine else None
+        machine = self._store.members.named(order.machine) if order.machine else None
         if machine is not None and machine.state in (MachineState.RETIRED, MachineState.IMPORTED):
             raise BadInput(f"{machine.name} is {machine.state}: nothing speaks for it any more")
         token, values = _new(order.role, order.label, machine.id if machine else None, order.expires_s)
@@ -208,7 +209,7 @@ class Tokens:
     def all(self) -> list[TokenView]:
         views = []
         for row in self._store.tokens():
-            machine = self._store.member_by_id(row.machine_id).name if row.machine_id else None
+            machine = self._store.members.by_id(row.machine_id).name if row.machine_id else None
             views.append(
                 TokenView(
                     id=row.id,

@@ -19,9 +19,9 @@ from shared.errors import AlreadyThere, BadInput
 from shared.git import GitError, Repo
 
 from .auth import MARKER
+from .database import migrate, open_engine
 from .hub import Hub
 from .settings import Settings, sqlite_url
-from .store import migrate, open_engine
 from .tables import Base
 
 FORMAT = 1

@@ -23,6 +23,7 @@ from worker import campaign as campaigns
 from worker.results import plain
 
 from . import fleet, leaderboard
+from .serving import PORT
 
 MACHINES = ("demo-1", "demo-2", "demo-3")
 START_S = 300.0  #: for the coordinator to answer; the first time it packs the data
@@ -50,10 +51,12 @@ def demo(minutes: float, console: Console) -> None:
         board = client.leaderboard()
         console.print(Text(leaderboard.to_text(board).rstrip()), soft_wrap=True)
         tried = sum(standing.experiments for standing in board.standings)
-        console.print(f"{tried} experiments; each machine's branch: git clone {url}{client.campaign().repository}")
+        repository = client.campaign().repository
+        console.print(f"{tried} experiments; each machine's branch on the hub:")
         for branch in client.branches():
             console.print(f"  {branch.ref.removeprefix('refs/heads/')}  {branch.commit[:7]}")
-    console.print(f"the coordinator has stopped; look again: swarm serve {campaign.folder}")
+    console.print(f"the coordinator has stopped; look again: swarm serve {campaign.folder}", soft_wrap=True)
+    console.print(f"and then: swarm leaderboard; git clone http://127.0.0.1:{PORT}{repository}", soft_wrap=True)
 
 
 @contextmanager

@@ -166,6 +166,7 @@ class Hub:
         for ref in refs:
             self._repo.run("update-ref", "-d", ref)
         self._repo.run("repack", "--quiet", "-A", "-d", "-l", "--unpack-unreachable=1.day.ago")
+        self._repo.run("prune", "--expire=1.day.ago")  # what an earlier call unpacked
 
     def refs(self, *names: str) -> dict[str, str]:
         """The refs of these names that exist, or all, and their commits."""

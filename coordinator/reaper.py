@@ -40,10 +40,10 @@ def transitions(service: Service) -> None:
     store, presence = service.store, service.presence
     due = presence.due()
     for lease in due.expired:
-        store.return_lease(lease.id, lease.attempt, "its term ran out")
+        store.leases.give_back(lease.id, lease.attempt, "its term ran out")
         presence.forget_lease(lease)
     for machine in due.silent:
-        member = store.member_by_id(machine)
+        member = store.members.by_id(machine)
         if member.state is MachineState.ONLINE:
             store.set_state(member, MachineState.OFFLINE)
         presence.forget_machine(machine)
@@ -56,10 +56,10 @@ def tidy(service: Service) -> None:
         service.store.drop_logs(int(time.time() - limits.keep_logs_days * 86400))
     if limits.keep_attic_days is not None:
         old = time.time() - limits.keep_attic_days * 86400
-        here = {member.name for member in service.store.members() if member.state is MachineState.ONLINE}
+        here = {member.name for member in service.store.members.all() if member.state is MachineState.ONLINE}
         gone = [branch.machine for branch in service.store.branches() if branch.attic and branch.pushed_at < old]
-        attics = [service.store.member(name).attic for name in gone if name not in here]
+        attics = [service.store.members.named(name).attic for name in gone if name not in here]
         if refs := service.hub.refs(*attics) if attics else {}:
             service.hub.drop(refs)
             for name in gone:
-                service.note_push(service.store.member(name))
+                service.note_push(service.store.members.named(name))

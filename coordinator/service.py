@@ -18,10 +18,12 @@ from worker.campaign import Campaign
 from worker.workspace import RESULTS
 
 from .auth import Caller, Forbidden, Tokens
+from .database import Conflict, Sanity, Study
 from .hub import Access, Hub
+from .members import Member
 from .presence import Presence
 from .settings import Settings
-from .store import Conflict, Member, Sanity, Store, Study
+from .store import Store
 from .stream import Stream
 
 VERSION = version("ratchet-swarm")
@@ -58,10 +60,10 @@ class Service:
         self.campaign = campaign
         self.tokens = Tokens(self.store, settings.state)
         self.presence = Presence(settings.heartbeat_s, settings.lease_ttl_s)
-        for member in self.store.members():
+        for member in self.store.members.all():
             if member.state is MachineState.ONLINE:
                 self.presence.arrived(member.id)
-        for lease in self.store.granted():
+        for lease in self.store.leases.granted():
             self.presence.granted(lease.id, lease.attempt, lease.holder_id, Kind(lease.kind))
         prefix = f"{campaign.prefix}/" if campaign.prefix else ""
         paths = tuple(prefix + name for name in (*task.mutable_files, RESULTS))
@@ -82,7 +84,7 @@ class Service:
         """The machine that a call is made for; it must be the caller's own. Raises Forbidden or NotFound."""
         if caller.role is not Role.WORKER or caller.machine_id is None:
             raise Forbidden("only a machine's own token speaks for it")
-        member = self.store.member_by_id(caller.machine_id)
+        member = self.store.members.by_id(caller.machine_id)
         if name not in (wire.SELF, member.name):
             raise Forbidden(f"this token is {member.name}'s, not {name}'s")
         return member
@@ -106,7 +108,7 @@ class Service:
         if caller is None:
             return None
         if caller.role is Role.WORKER and caller.machine_id is not None:
-            member = self.store.member_by_id(caller.machine_id)
+            member = self.store.members.by_id(caller.machine_id)
             pushes: tuple[str, ...] = (member.branch, member.attic)
             if self.presence.holds(member.id, Kind.PROMOTE):
                 pushes += (self.promoted,)
@@ -121,9 +123,9 @@ class Service:
 
     async def _pushed(self, access: Access) -> None:
         if access.machine is not None:
-            await asyncio.to_thread(self.note_push, self.store.member(access.machine))
+            await asyncio.to_thread(self.note_push, self.store.members.named(access.machine))
             return
-        for member in self.store.members():  # an administrator's
+        for member in self.store.members.all():  # an administrator's
             if member.state is MachineState.IMPORTED:
                 await asyncio.to_thread(self.note_push, member)
 
@@ -141,7 +143,7 @@ class Service:
                 f"the worker ({registration.version}) speaks protocol {registration.protocol}, the coordinator "
                 f"({VERSION}) {wire.PROTOCOL}: upgrade the {older}"
             )
-        known = self.store.member_by_uid(registration.uid)
+        known = self.store.members.by_uid(registration.uid)
         if caller.role is Role.WORKER and (known is None or known.id != caller.machine_id):
             raise Forbidden("this token is bound to another machine; register with a join token")
         if known is not None and known.state is MachineState.IMPORTED:
@@ -152,7 +154,7 @@ class Service:
         token = None if caller.role is Role.WORKER else self.tokens.for_machine(member.id)
         self.presence.left(member.id)
         self.presence.arrived(member.id)
-        for lease in self.store.granted() if registration.holds else ():
+        for lease in self.store.leases.granted() if registration.holds else ():
             if lease.holder_id == member.id:
                 self.presence.granted(lease.id, lease.attempt, member.id, Kind(lease.kind))
         return wire.Registered(
@@ -210,7 +212,7 @@ class Service:
     # -- health
 
     def _read_events(self, after: int, limit: int) -> list[wire.Event]:
-        return self.store.events(after, limit)
+        return self.store.look.events(after, limit)
 
     def disk_fault(self) -> str | None:
         """Why nothing more should be written; None when there is room."""
@@ -227,7 +229,7 @@ class Service:
         """What a machine should do next: a lease that waits for it, else explore."""
         if member.paused:
             return wire.Explore(wait_s=PAUSE_S)
-        if not self.store.has_work_for(member) or (granted := self.store.grant(member)) is None:
+        if not self.store.leases.has_work_for(member) or (granted := self.store.leases.grant(member)) is None:
             return wire.Explore()
         lease, about = granted
         self.presence.granted(lease.id, lease.attempt, member.id, Kind(lease.kind))

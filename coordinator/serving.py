@@ -32,9 +32,9 @@ from worker.preparing import prepare
 from worker.setup import Bar
 
 from .app import create_app
+from .database import open_engine
 from .service import NO_FILES, Files, Service
 from .settings import STATE, Limits, Settings, sqlite_url
-from .store import open_engine
 from .stream import Stream
 
 PORT = 8420

@@ -1,4 +1,4 @@
-"""The database, table by table. Queries: store.py. Changes of schema: migrations/.
+"""The database, table by table. Queries: store.py and what it is made of. Changes of schema: migrations/.
 
 Times are unix seconds of the coordinator's clock, but for `decided_at`, which is the machine's.
 """

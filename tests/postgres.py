@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from coordinator.store import migrate, open_engine
+from coordinator.database import migrate, open_engine
 
 KINDS = ("sqlite", "postgresql")
 

@@ -8,7 +8,10 @@ from dataclasses import dataclass, field
 from typing import Any
 from uuid import UUID, uuid4
 
-from coordinator.store import Member, Sanity, Store, Study
+from coordinator.database import Sanity, Study
+from coordinator.members import Member
+from coordinator.store import Store
+from shared import wire
 from shared.wire import Accepted, ExperimentReport, Kind, LeaseOrder, LeaseRef, Registration, RunReport, Status
 
 PREFIX = "autoresearch"
@@ -96,7 +99,7 @@ class Machine:
 
     def send(self, identity: UUID, report: ExperimentReport) -> Accepted:
         self.reports[identity] = report
-        return self.store.writer.call(self.store.report(self.member, identity, report))
+        return self.store.writer.call(self.store.reports.job(self.member, identity, report))
 
     def tries(self, *scores: float | None, status: Status = Status.KEEP, **other: Any) -> UUID:
         """Reports its next experiment; the first one is the baseline."""
@@ -137,3 +140,9 @@ def standings(store: Store) -> list[dict[str, Any]]:
     with store.read() as connection:
         rows = connection.execute(columns.select().order_by(*columns.primary_key.columns)).all()
     return [dict(row._mapping) for row in rows]
+
+
+def row(store: Store, name: str = "m1", **where: Any) -> wire.Standing:
+    """A machine's only line of the leaderboard."""
+    (only,) = store.look.leaderboard("group", machine=name, **where).standings
+    return only

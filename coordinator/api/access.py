@@ -11,8 +11,9 @@ from shared.errors import Refused
 from shared.wire import INCARNATION, RETIRED, MachineState, Role
 
 from ..auth import Caller, Forbidden, Unauthorized, token_of
+from ..database import Conflict
+from ..members import Member
 from ..service import Service
-from ..store import Conflict, Member
 
 LOOK = (Role.VIEWER, Role.WORKER, Role.ADMIN)
 
@@ -40,7 +41,7 @@ class Gate:
     def _refusal(self, token: str | None) -> Refused:
         """Why a token, or none, does not open. A retired machine must hear that it is, so that its worker ends."""
         former = self._service.tokens.former(token)
-        if former is not None and (member := self._service.store.member_by_id(former)).state is MachineState.RETIRED:
+        if former is not None and (member := self._service.store.members.by_id(former)).state is MachineState.RETIRED:
             return Conflict(f"{member.name} was retired", RETIRED)
         if token is not None:
             return Unauthorized("this token is not known here, or not any more (`swarm token create` makes one)")

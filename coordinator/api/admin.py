@@ -16,8 +16,8 @@ from starlette.types import Message, Receive, Scope, Send
 from shared import wire
 from shared.wire import LeaseState
 
+from ..database import NotFound
 from ..service import Service
-from ..store import NotFound
 from ..stream import LISTENERS, Stream
 from ..writer import StorageUnavailable
 from .access import Gate
@@ -76,18 +76,18 @@ def router(service: Service, gate: Gate) -> APIRouter:
 
     @routes.get("/leases", tags=["leases"], dependencies=[gate.look])
     def leases(state: LeaseState | None = None) -> list[wire.LeaseView]:
-        return store.leases(state)
+        return store.leases.all(state)
 
     @routes.post("/leases", tags=["leases"], status_code=201, dependencies=[gate.admin])
     def queue(order: wire.LeaseOrder) -> dict[str, UUID]:
         """Queues a confirmation, replay or promotion."""
         check(order)
-        return {"id": store.queue_lease(order)}
+        return {"id": store.leases.queue(order)}
 
     @routes.delete("/leases/{lease}", tags=["leases"], status_code=204, dependencies=[gate.admin])
     def cancel(lease: UUID) -> None:
         """Takes it back; a report that still comes is stored and closes nothing."""
-        store.cancel_lease(lease)
+        store.leases.cancel(lease)
         service.presence.closed(lease)
 
     @routes.get("/tokens", tags=["tokens"], dependencies=[gate.admin])

@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from ..store import Impossible
+from ..database import Impossible
 
 LARGEST = 2**63 - 1  #: that a database holds in an integer
 LEVELS = 32  #: of lists and objects in each other

@@ -16,8 +16,8 @@ from shared import wire
 from shared.wire import Kind, Status
 
 from .. import leaderboard
+from ..database import LISTED
 from ..service import Service
-from ..store import LISTED
 from .access import Gate
 from .bodies import LARGEST
 from .examples import EXPERIMENT, LEADERBOARD
@@ -52,7 +52,7 @@ def preferred(accept: str) -> str:
 
 def router(service: Service, gate: Gate) -> APIRouter:
     routes = APIRouter(tags=["looking"], dependencies=[gate.look])
-    store = service.store
+    store, look = service.store, service.store.look
 
     @routes.get(
         "/leaderboard",
@@ -78,7 +78,7 @@ def router(service: Service, gate: Gate) -> APIRouter:
         accept: Accept = "application/json",
     ) -> Any:
         """Best first within class, profile and rung; or, across classes, by gain in the machine's own sigmas."""
-        found = store.leaderboard(order, machine_class, profile, rung, machine, after, limit)
+        found = look.leaderboard(order, machine_class, profile, rung, machine, after, limit)
         match preferred(accept):
             case "text/tab-separated-values" as media:
                 return PlainTextResponse(leaderboard.to_tsv(found), headers=_VARY, media_type=media)
@@ -101,7 +101,7 @@ def router(service: Service, gate: Gate) -> APIRouter:
         limit: Limit = 100,
     ) -> wire.ExperimentPage:
         """In the order of arrival; `next` of one page is `after` of the following one."""
-        return store.experiments(
+        return look.experiments(
             machine=machine,
             machine_class=machine_class,
             status=status,
@@ -122,17 +122,17 @@ def router(service: Service, gate: Gate) -> APIRouter:
     )
     def experiment(experiment: str) -> Any:
         """By id, or by the first characters of its id or commit."""
-        return Response(store.experiment(store.find(experiment)).model_dump_json(), media_type="application/json")
+        return Response(look.experiment(look.find(experiment)).model_dump_json(), media_type="application/json")
 
     @routes.get("/experiments/{experiment}/diff", response_class=PlainTextResponse)
     def diff(experiment: str) -> str:
         """The patch of the mutable files, as `git apply` takes it; empty for a baseline."""
-        return store.diff(store.find(experiment))
+        return look.diff(look.find(experiment))
 
     @routes.post("/experiments/{experiment}/clear", status_code=204, dependencies=[gate.admin])
     def clear(experiment: str) -> None:
         """Believes a suspect result."""
-        store.clear(store.find(experiment))
+        store.reports.clear(look.find(experiment))
 
     @routes.get("/branches")
     def branches() -> list[wire.Branch]:
@@ -142,11 +142,11 @@ def router(service: Service, gate: Gate) -> APIRouter:
     @routes.get("/lineage/{commit}")
     def lineage(commit: str, limit: Limit = LISTED) -> list[wire.LineageStep]:
         """From a kept commit back to the base, newest first."""
-        return store.lineage(commit, limit)
+        return look.lineage(commit, limit)
 
     @routes.get("/ideas")
     def ideas(after: Position | None = None, limit: Limit = 100) -> dict[str, Any]:
-        found, following = store.ideas(after, limit)
+        found, following = look.ideas(after, limit)
         return {"ideas": [idea.model_dump(mode="json") for idea in found], "next": following}
 
     @routes.get("/campaign")
@@ -157,8 +157,8 @@ def router(service: Service, gate: Gate) -> APIRouter:
     def export(format: Literal["parquet", "tsv"] = "parquet") -> Response:
         """Every experiment, oldest first."""
         if format == "tsv":
-            return StreamingResponse(_tsv(store.export()), media_type="text/tab-separated-values")
-        return StreamingResponse(_parquet(store.export()), media_type="application/vnd.apache.parquet")
+            return StreamingResponse(_tsv(look.export()), media_type="text/tab-separated-values")
+        return StreamingResponse(_parquet(look.export()), media_type="application/vnd.apache.parquet")
 
     return routes
 

@@ -22,10 +22,10 @@ class _Collector:
     def collect(self) -> list[Metric]:
         service = self._service
         states = GaugeMetricFamily("swarm_machines", "Machines by state", labels=["state"])
-        members = service.store.members()
+        members = service.store.members.all()
         for state in sorted({member.state for member in members}):
             states.add_metric([str(state)], sum(member.state is state for member in members))
-        tried, kept = service.store.totals()
+        tried, kept = service.store.look.totals()
         return [
             states,
             CounterMetricFamily("swarm_experiments", "Experiments decided, baselines not counted", value=tried),

@@ -12,8 +12,9 @@ from shared import wire
 from shared.wire import MAX_DIFF_BYTES, MAX_LOG_BYTES, ExperimentReport, Heartbeat, MachineState, Registration, Role
 
 from ..auth import Caller
+from ..database import Conflict, Impossible
+from ..members import Member
 from ..service import Service
-from ..store import Conflict, Impossible, Member
 from ..writer import StorageUnavailable
 from .access import Gate
 from .bodies import TooLarge, check
@@ -55,12 +56,12 @@ def router(service: Service, gate: Gate) -> APIRouter:
     def give_back(lease: UUID, attempt: int, machine: Member = speaker) -> None:
         """The machine cannot do it: back into the queue."""
         if presence.releases(lease, attempt, machine.id):
-            store.return_lease(lease, attempt, f"{machine.name} gave it back")
+            store.leases.give_back(lease, attempt, f"{machine.name} gave it back")
 
     @routes.get("/machines/{name}/known")
     def known(machine: Member = speaker) -> dict[UUID, int]:
         """The version of every experiment of this machine that is stored; anything newer is to be sent (again)."""
-        return store.known(machine)
+        return store.reports.known(machine)
 
     @routes.put("/machines/{name}/experiments/{experiment}", response_model=wire.Accepted)
     async def report(
@@ -72,19 +73,19 @@ def router(service: Service, gate: Gate) -> APIRouter:
     @routes.patch("/machines/{name}", dependencies=[gate.admin])
     def change(name: str, change: wire.MachineChange) -> wire.MachineView:
         """Renames it, or pauses and resumes it. Its branch keeps its name."""
-        member = store.change(store.member(name), change)
+        member = store.change(store.members.named(name), change)
         return next(view for view in service.views() if view.name == member.name)
 
     @routes.delete("/machines/{name}", status_code=204, dependencies=[gate.admin])
     def retire(name: str) -> None:
         """Takes a machine out for good: its token ends, its results stay."""
-        service.retire(store.member(name))
+        service.retire(store.members.named(name))
 
     @routes.post("/import/machines", status_code=201, dependencies=[gate.admin])
     def import_machine(registration: Registration) -> dict[str, str]:
         """A machine for results from elsewhere; it is never at work here."""
         check(registration)
-        known = store.member_by_uid(registration.uid)
+        known = store.members.by_uid(registration.uid)
         if known is not None and known.state is not MachineState.IMPORTED:
             raise Conflict(f"{registration.uid} is a machine of this swarm; import under a uid of its own")
         return {"machine": store.register(registration, service.task.branch_prefix, MachineState.IMPORTED).name}
@@ -92,7 +93,7 @@ def router(service: Service, gate: Gate) -> APIRouter:
     @routes.put("/import/machines/{name}/experiments/{experiment}", dependencies=[gate.admin])
     async def import_experiment(name: str, experiment: UUID, report: ExperimentReport) -> wire.Accepted:
         """A result from elsewhere, for an imported machine."""
-        machine = store.member(name)
+        machine = store.members.named(name)
         if machine.state is not MachineState.IMPORTED:
             raise Impossible(f"{name} is a machine of this swarm; only imported ones take results from elsewhere")
         return await accept(service, machine, experiment, report)
@@ -108,7 +109,7 @@ async def accept(service: Service, machine: Member, experiment: UUID, report: Ex
             raise TooLarge(f"the {what} has {len(text.encode())} bytes, {most} is the most")
     if fault := service.disk_fault():
         raise StorageUnavailable(fault)
-    job = service.store.report(machine, experiment, report)
+    job = service.store.reports.job(machine, experiment, report)
     accepted = await asyncio.wrap_future(service.store.writer.submit(job))
     if accepted.closed and report.lease is not None:
         service.presence.closed(report.lease.id)

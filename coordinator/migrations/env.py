@@ -1,4 +1,4 @@
-"""Alembic's entry: store.migrate hands the connection over."""
+"""Alembic's entry: database.migrate hands the connection over."""
 
 from alembic import context
 

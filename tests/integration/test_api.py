@@ -113,7 +113,7 @@ def test_another_protocol_says_which_side_to_upgrade(service: Service, protocol:
     assert problem.detail.endswith(f"upgrade the {older}")
     assert "9.9" in problem.detail
     assert VERSION in problem.detail
-    assert service.store.members() == []
+    assert service.store.members.all() == []
 
 
 def test_registering_again(service: Service) -> None:
@@ -137,7 +137,7 @@ def test_registering_again(service: Service) -> None:
         with pytest.raises(Rejected, match="bound to another machine") as refused:
             stranger.register(registration("third"))
         assert refused.value.status == 403
-        assert [m.name for m in service.store.members()] == ["mac"]
+        assert [m.name for m in service.store.members.all()] == ["mac"]
 
 
 def test_a_machine_that_a_person_took_out_is_told_so_whatever_it_comes_with(service: Service) -> None:
@@ -186,7 +186,7 @@ def test_incarnations(service: Service) -> None:
             with pytest.raises(Rejected) as refused:
                 call()
             assert (refused.value.status, refused.value.kind) == (409, wire.SUPERSEDED)
-        assert service.store.totals() == (0, 0)
+        assert service.store.look.totals() == (0, 0)
 
 
 def test_its_own_name_and_self_are_the_same_and_another_machines_is_not(service: Service) -> None:
@@ -226,15 +226,15 @@ def test_a_heartbeat_writes_nothing_until_it_brings_a_machine_back(service: Serv
         for _ in range(5):
             client.heartbeat(wire.Heartbeat())
         assert service.store.writer.last_event == before
-        service.store.set_state(service.store.member("m1"), MachineState.OFFLINE)
-        service.presence.left(service.store.member("m1").id)
+        service.store.set_state(service.store.members.named("m1"), MachineState.OFFLINE)
+        service.presence.left(service.store.members.named("m1").id)
         assert [m.state for m in client.machines()] == [MachineState.OFFLINE]
         client.heartbeat(wire.Heartbeat())
         [view] = client.machines()
         assert view.state is MachineState.ONLINE
         assert view.seen_s is not None
         transitions(service)
-        assert [event.kind for event in service.store.events(before, 10)] == ["offline", "online"]
+        assert [event.kind for event in service.store.look.events(before, 10)] == ["offline", "online"]
 
 
 def test_an_assignment_is_given_held_given_back_and_closed(service: Service) -> None:

@@ -11,9 +11,9 @@ from uuid import UUID, uuid4
 
 import pytest
 
+from coordinator.database import Conflict, NotFound
 from coordinator.presence import Presence
 from coordinator.reaper import transitions
-from coordinator.store import Conflict, NotFound
 from shared.wire import (
     NO_COMMIT,
     Accepted,
@@ -48,10 +48,10 @@ class Swarm:
     def _presence(self) -> Presence:
         """As at a start of the service: what was there gets one full term."""
         presence = Presence(HEARTBEAT_S, TTL_S, lambda: self.now)
-        for member in self.store.members():
+        for member in self.store.members.all():
             if member.state is MachineState.ONLINE:
                 presence.arrived(member.id)
-        for lease in self.store.granted():
+        for lease in self.store.leases.granted():
             presence.granted(lease.id, lease.attempt, lease.holder_id, Kind(lease.kind))
         return presence
 
@@ -59,7 +59,7 @@ class Swarm:
         self.store.close()
         self.__post_init__()
         for each in self.machines.values():
-            each.store, each.member = self.store, self.store.member(each.name)
+            each.store, each.member = self.store, self.store.members.named(each.name)
 
     def joins(self, name: str, **other: Any) -> Machine:
         """A machine with a baseline."""
@@ -69,11 +69,11 @@ class Swarm:
         return self.machines[name]
 
     def queues(self, of: Machine, kind: Kind = Kind.REPLAY, only: str | None = None) -> UUID:
-        return self.store.queue_lease(order(next(iter(of.reports)), kind, only))
+        return self.store.leases.queue(order(next(iter(of.reports)), kind, only))
 
     def grants(self, to: Machine) -> LeaseRef | None:
-        member = self.store.member(to.name)
-        if not self.store.has_work_for(member) or (granted := self.store.grant(member)) is None:
+        member = self.store.members.named(to.name)
+        if not self.store.leases.has_work_for(member) or (granted := self.store.leases.grant(member)) is None:
             return None
         lease = granted[0]
         self.presence.granted(lease.id, lease.attempt, member.id, Kind(lease.kind))
@@ -81,8 +81,8 @@ class Swarm:
 
     def beats(self, of: Machine, *leases: LeaseRef) -> tuple[UUID, ...]:
         lost = self.presence.beat(of.member.id, Heartbeat(activity=Activity(state="running"), leases=leases))
-        if self.store.member(of.name).state is MachineState.OFFLINE:
-            self.store.set_state(self.store.member(of.name), MachineState.ONLINE)
+        if self.store.members.named(of.name).state is MachineState.OFFLINE:
+            self.store.set_state(self.store.members.named(of.name), MachineState.ONLINE)
         return lost
 
     def reports(self, of: Machine, lease: LeaseRef) -> tuple[UUID, Accepted]:
@@ -99,10 +99,10 @@ class Swarm:
         transitions(SimpleNamespace(store=self.store, presence=self.presence))  # type: ignore[arg-type]
 
     def lease(self, identity: UUID) -> LeaseView:
-        return next(view for view in self.store.leases() if view.id == identity)
+        return next(view for view in self.store.leases.all() if view.id == identity)
 
     def told(self, kind: str) -> list[dict[str, Any]]:
-        return [e.data for e in self.store.events(0, 999) if e.kind == kind]
+        return [e.data for e in self.store.look.events(0, 999) if e.kind == kind]
 
 
 @pytest.fixture(params=postgres.KINDS)
@@ -138,7 +138,7 @@ def test_a_lease_for_one_machine(swarm: Swarm) -> None:
 def test_a_machine_gets_only_what_it_can_run(swarm: Swarm, can: tuple[str, ...]) -> None:
     a, old = swarm.joins("a"), swarm.joins("old", can=can)
     replay = swarm.queues(a, Kind.REPLAY)
-    assert not swarm.store.has_work_for(old.member)
+    assert not swarm.store.leases.has_work_for(old.member)
     assert swarm.grants(old) is None
     confirm = swarm.queues(old, Kind.CONFIRM)
     assert swarm.grants(old) == (LeaseRef(id=confirm, attempt=1) if "confirm" in can else None)
@@ -166,15 +166,15 @@ def test_what_nothing_could_ever_run_is_not_queued(swarm: Swarm) -> None:
     with pytest.raises(NotFound):
         swarm.queues(a, only="nobody")
     with pytest.raises(NotFound):
-        swarm.store.queue_lease(order(uuid4()))
+        swarm.store.leases.queue(order(uuid4()))
     for unknown in (NO_COMMIT, commit("t")[:7]):
         identity = uuid4()
         gone.send(identity, report(7, tested=unknown))
         for kind in (Kind.REPLAY, Kind.PROMOTE):
             with pytest.raises(Conflict, match="code is not on the hub"):
-                swarm.store.queue_lease(order(identity, kind))
-    assert swarm.store.leases() == []
-    assert swarm.queues(gone, Kind.REPLAY) == swarm.store.leases()[0].id  # others may try its ideas
+                swarm.store.leases.queue(order(identity, kind))
+    assert swarm.store.leases.all() == []
+    assert swarm.queues(gone, Kind.REPLAY) == swarm.store.leases.all()[0].id  # others may try its ideas
 
 
 @pytest.mark.parametrize("out", ["paused", "retired"])
@@ -185,7 +185,7 @@ def test_a_machine_that_was_taken_out_since_it_asked_gets_nothing(swarm: Swarm, 
         swarm.store.change(a.member, MachineChange(paused=True))
     else:
         swarm.store.set_state(a.member, MachineState.RETIRED)
-    assert swarm.store.grant(a.member) is None
+    assert swarm.store.leases.grant(a.member) is None
     assert swarm.lease(lease).state is LeaseState.QUEUED
     if out == "paused":
         swarm.store.change(a.member, MachineChange(paused=False))
@@ -221,7 +221,7 @@ def granted_to_the_same_again(swarm: Swarm, a: Machine, b: Machine, lease: Lease
 
 
 def cancelled(swarm: Swarm, a: Machine, b: Machine, lease: LeaseRef) -> None:
-    swarm.store.cancel_lease(lease.id)
+    swarm.store.leases.cancel(lease.id)
     swarm.presence.closed(lease.id)
 
 
@@ -231,12 +231,12 @@ def closed_before(swarm: Swarm, a: Machine, b: Machine, lease: LeaseRef) -> None
 
 def given_back(swarm: Swarm, a: Machine, b: Machine, lease: LeaseRef) -> None:
     assert swarm.presence.releases(lease.id, lease.attempt, a.member.id)
-    swarm.store.return_lease(lease.id, lease.attempt, "a gave it back")
+    swarm.store.leases.give_back(lease.id, lease.attempt, "a gave it back")
 
 
 def went_offline(swarm: Swarm, a: Machine, b: Machine, lease: LeaseRef) -> None:
     swarm.passes(SILENCE_S + 1, b)
-    assert swarm.store.member("a").state is MachineState.OFFLINE
+    assert swarm.store.members.named("a").state is MachineState.OFFLINE
 
 
 def registered_again_holding_it(swarm: Swarm, a: Machine, b: Machine, lease: LeaseRef) -> None:
@@ -328,7 +328,7 @@ def test_what_closes_nothing(swarm: Swarm, case: str) -> None:
 def test_cancelling(swarm: Swarm) -> None:
     a = swarm.joins("a")
     lease = swarm.queues(a)
-    swarm.store.cancel_lease(lease)
+    swarm.store.leases.cancel(lease)
     assert swarm.grants(a) is None
     assert swarm.lease(lease).state is LeaseState.CANCELLED
     done = swarm.queues(a)
@@ -336,9 +336,9 @@ def test_cancelling(swarm: Swarm) -> None:
     assert reference is not None
     swarm.reports(a, reference)
     with pytest.raises(Conflict, match="done"):
-        swarm.store.cancel_lease(done)
+        swarm.store.leases.cancel(done)
     with pytest.raises(NotFound):
-        swarm.store.cancel_lease(uuid4())
+        swarm.store.leases.cancel(uuid4())
 
 
 # -- terms
@@ -383,11 +383,11 @@ def test_a_silent_machine_holds_nothing(swarm: Swarm) -> None:
     assert first is not None
     assert swarm.presence.holds(a.member.id, Kind.PROMOTE)
     swarm.passes(SILENCE_S + 1, b)
-    assert swarm.store.member("a").state is MachineState.OFFLINE
+    assert swarm.store.members.named("a").state is MachineState.OFFLINE
     assert not swarm.presence.holds(a.member.id, Kind.PROMOTE)
     assert len(swarm.told("returned")) == 1
     assert swarm.beats(a, first) == (lease,)  # it is back, within the lease's own term
-    assert swarm.store.member("a").state is MachineState.ONLINE
+    assert swarm.store.members.named("a").state is MachineState.ONLINE
     assert swarm.grants(b) == LeaseRef(id=lease, attempt=2)
 
 
@@ -420,7 +420,7 @@ def test_a_restart_gives_one_full_term(swarm: Swarm) -> None:
     swarm.now += 10_000.0  # the coordinator was away
     swarm.restart()
     swarm.passes(SILENCE_S - 1, b)
-    assert swarm.store.member("a").state is MachineState.ONLINE
+    assert swarm.store.members.named("a").state is MachineState.ONLINE
     assert swarm.lease(lease).state is LeaseState.GRANTED
     assert swarm.beats(a, reference) == ()
     swarm.restart()
@@ -434,9 +434,9 @@ def test_a_lease_returns_only_where_it_is_still_this_attempts(swarm: Swarm) -> N
     a = swarm.joins("a")
     lease = swarm.queues(a)
     swarm.grants(a)
-    swarm.store.return_lease(lease, 1, "given back")
+    swarm.store.leases.give_back(lease, 1, "given back")
     swarm.grants(a)
-    swarm.store.return_lease(lease, 1, "too late")
+    swarm.store.leases.give_back(lease, 1, "too late")
     assert (swarm.lease(lease).state, swarm.lease(lease).attempt) == (LeaseState.GRANTED, 2)
     assert len(swarm.told("returned")) == 1
 
@@ -453,5 +453,5 @@ def test_leases_by_state(swarm: Swarm) -> None:
     a = swarm.joins("a")
     leases = [swarm.queues(a) for _ in range(3)]
     swarm.grants(a)
-    assert [view.id for view in swarm.store.leases()] == leases[::-1]
-    assert [view.id for view in swarm.store.leases(LeaseState.GRANTED)] == leases[:1]
+    assert [view.id for view in swarm.store.leases.all()] == leases[::-1]
+    assert [view.id for view in swarm.store.leases.all(LeaseState.GRANTED)] == leases[:1]

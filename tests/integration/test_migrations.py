@@ -12,7 +12,8 @@ from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, inspect, text
 
 from coordinator import migrations
-from coordinator.store import Store, migrate, open_engine
+from coordinator.database import migrate, open_engine
+from coordinator.store import Store
 from coordinator.tables import Base
 from shared.errors import BadInput
 from shared.wire import Status
@@ -64,15 +65,15 @@ def test_the_first_release_comes_up_to_date_with_its_rows(url: str) -> None:
     engine.dispose()
     store = opened(url, base="b0")
     assert rows(url) == counts == dict.fromkeys(counts, 1) | {"experiments": 2}
-    assert store.member("m1").incarnation == 3
-    (found,) = store.leaderboard("group").standings
+    assert store.members.named("m1").incarnation == 3
+    (found,) = store.look.leaderboard("group").standings
     assert (found.best, found.baseline, found.runs, found.confirmed) == (0.91, 1.0, 2, True)
-    assert store.experiment(store.find("0" * 31 + "3")).run_reports[0].metrics == {"loss": 0.9}
+    assert store.look.experiment(store.look.find("0" * 31 + "3")).run_reports[0].metrics == {"loss": 0.9}
     m2 = machine(store, "m2")
     m2.tries(1.0)
-    assert [e.position for e in store.events(0, 9)] == [7, 8, 9]
-    assert store.experiments(limit=1).experiments[0].position == 3
-    assert store.has_work_for(m2.member)
+    assert [e.position for e in store.look.events(0, 9)] == [7, 8, 9]
+    assert store.look.experiments(limit=1).experiments[0].position == 3
+    assert store.leases.has_work_for(m2.member)
     store.close()
 
 

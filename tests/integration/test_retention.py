@@ -25,7 +25,7 @@ DAY_S = 86400.0
 
 def attempt(service: Service, machine: str) -> tuple[str, str]:
     """A branch and an attic as a push leaves them; (the attempt's commit, the attic's tip)."""
-    member, hub = service.store.member(machine), service.hub.path
+    member, hub = service.store.members.named(machine), service.hub.path
     base = service.store.study.base
     tree = fast_task.git(hub, "rev-parse", f"{base}^{{tree}}")
     tested = fast_task.git(hub, "commit-tree", tree, "-p", base, "-m", f"try of {machine}")
@@ -59,7 +59,7 @@ def test_attics_of_machines_that_left_long_ago_go_and_nothing_else(tmp_path: Pat
         days_pass(service, 31)
         attempts["lately"] = attempt(service, "lately")[0]
         for name in ("gone", "lately"):
-            service.store.set_state(service.store.member(name), MachineState.OFFLINE)
+            service.store.set_state(service.store.members.named(name), MachineState.OFFLINE)
         tidy(service)
         assert {name: holds(service, commit) for name, commit in attempts.items()} == {
             "here": True,
@@ -82,13 +82,13 @@ def test_log_tails_go_by_age(tmp_path: Path, days: float | None, kept: bool) -> 
         member = service.store.register(registration("m"), "autoresearch")
         old, new = uuid.uuid4(), uuid.uuid4()
         store = service.store
-        store.writer.call(store.report(member, old, report(1, log_tail="step 1")))
+        store.writer.call(store.reports.job(member, old, report(1, log_tail="step 1")))
         days_pass(service, 30)
-        store.writer.call(store.report(member, new, report(2, log_tail="step 2")))
+        store.writer.call(store.reports.job(member, new, report(2, log_tail="step 2")))
         tidy(service)
-        assert store.experiment(new).log_tail == "step 2"
-        assert store.experiment(old).log_tail == ("step 1" if kept else "")
-        assert store.experiment(old).score == 1.5
+        assert store.look.experiment(new).log_tail == "step 2"
+        assert store.look.experiment(old).log_tail == ("step 1" if kept else "")
+        assert store.look.experiment(old).score == 1.5
 
 
 def test_nothing_goes_by_default(tmp_path: Path) -> None:

@@ -13,8 +13,9 @@ from coordinator.api.access import LOOK
 from coordinator.api.experiments import preferred
 from coordinator.app import _from_elsewhere, _is_local, _is_ours
 from coordinator.auth import Caller, Forbidden, token_of
+from coordinator.database import Conflict
+from coordinator.members import Member
 from coordinator.service import Service
-from coordinator.store import Conflict, Member
 from shared import wire
 from shared.wire import MachineState, Role
 from tests.hosting import hosted, registration

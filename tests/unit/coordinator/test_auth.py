@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from coordinator.auth import ANYONE, LONGEST_S, MARKER, Caller, Tokens, hashed
+from coordinator.database import NotFound
 from coordinator.service import Service
-from coordinator.store import NotFound, Store
+from coordinator.store import Store
 from shared.errors import BadInput
 from shared.wire import MachineState, Role, TokenOrder
 from tests.conftest import ROOT

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from sqlalchemy import Engine, create_engine, event, select
 
-from coordinator.store import migrate, open_engine
+from coordinator.database import migrate, open_engine
 from coordinator.tables import Event as Row
 from coordinator.writer import BATCH, StorageUnavailable, Transaction, Writer
 from shared.wire import Event
