@@ -28,7 +28,8 @@ from worker.results import plain
 from worker.screen import TerminalScreen
 from worker.terminal import DataBar, Json, app, console, run_app, say, stopping
 
-from . import importing, look
+from . import look
+from .importing import command as importing
 
 if TYPE_CHECKING:
     from .auth import Tokens

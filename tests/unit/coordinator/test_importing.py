@@ -4,18 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from coordinator.importing import (
-    Attempt,
-    Branch,
-    Commit,
-    Labels,
-    of_log,
-    parse_log,
-    registration_of,
-    report_of,
-    score_in,
-    steps_of,
-)
+from coordinator.importing.branch import Branch, Commit, score_in, steps_of
+from coordinator.importing.command import Labels, registration_of, report_of
+from coordinator.importing.log import of_log, parse_log
+from coordinator.importing.session import Attempt
 from shared.errors import BadInput
 from shared.wire import NO_COMMIT, Status
 from tests import fast_task
