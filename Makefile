@@ -9,7 +9,7 @@ demo: $(READY)
 	$(BIN)/swarm demo
 
 test: $(READY)
-	$(BIN)/pytest -m "not system and not gpu"
+	$(BIN)/pytest -m "not system and not gpu" -n 2 --dist loadfile
 
 test-system: $(READY)
 	$(BIN)/pytest -m system
@@ -26,7 +26,7 @@ format: $(READY)
 	$(BIN)/ruff check --fix .
 
 $(READY): pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed: make PYTHON=python3.12 ..."; exit 2; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11, 4))' || { echo "Python 3.11.4 or newer is needed: make PYTHON=python3.12 ..."; exit 2; }
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[torch,ray,postgres,dev]'
 	@touch $@

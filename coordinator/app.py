@@ -132,7 +132,7 @@ class Front:
         scope = {**scope, ABORT: _aborting(send)}
         headers = dict(scope["headers"])
         if self._loopback and not self._service.tokens.needed and not _is_ours(headers):
-            refusal = problem(403, "Not allowed", "without tokens only localhost and 127.0.0.1 are answered", False)
+            refusal = problem(403, "Not allowed", "without tokens only localhost and 127.* are answered", False)
             await refusal(scope, receive, send)
         elif _from_elsewhere(scope["method"], headers):
             refusal = problem(403, "Not allowed", "a page of another origin may not change anything here", False)
@@ -168,7 +168,7 @@ def _from_elsewhere(method: str, headers: dict[bytes, bytes]) -> bool:
 
 
 def _is_local(host: bytes) -> bool:
-    return re.fullmatch(rb"(localhost|127\.0\.0\.1|\[::1\])(:\d+)?", host.lower()) is not None
+    return re.fullmatch(rb"(localhost|127(\.\d{1,3}){3}|\[::1\])(:\d+)?", host.lower()) is not None
 
 
 def _aborting(send: Send) -> Callable[[], None] | None:

@@ -107,20 +107,20 @@ class Tokens:
         self._load()
 
     def _load(self) -> None:
+        """Raises StorageUnavailable; then the next call tries again."""
         with self._lock:
-            self._seen = self._changed()  # first: a change that comes meanwhile is then seen at the next call
+            seen = self._changed()  # first: a change that comes meanwhile is then seen at the next call
             rows = self._store.tokens()
-            self._needed = any(row.role != Role.WORKER for row in rows)
-            self._former = {row.hash: row.machine_id for row in rows if row.revoked_at is not None and row.machine_id}
-            self._live, self._of_machine = {}, {}
+            live: dict[str, _Known] = {}
+            of_machine: dict[int, list[str]] = {}
             for row in rows:
                 if row.revoked_at is None:
-                    self._know(_Known(row.hash, Role(row.role), row.machine_id, row.expires_at))
-
-    def _know(self, known: _Known) -> None:
-        self._live[known.hash] = known
-        if known.machine_id is not None:
-            self._of_machine.setdefault(known.machine_id, []).append(known.hash)
+                    live[row.hash] = _Known(row.hash, Role(row.role), row.machine_id, row.expires_at)
+                    if row.machine_id is not None:
+                        of_machine.setdefault(row.machine_id, []).append(row.hash)
+            self._needed = any(row.role != Role.WORKER for row in rows)
+            self._former = {row.hash: row.machine_id for row in rows if row.revoked_at is not None and row.machine_id}
+            self._live, self._of_machine, self._seen = live, of_machine, seen  # whole: others look without the lock
 
     def _forget(self, machine_id: int) -> None:
         for hash_ in self._of_machine.pop(machine_id, ()):
@@ -139,6 +139,10 @@ class Tokens:
         """None for a token that is unknown, expired or revoked, and for none at all where one is needed."""
         if self._changed() != self._seen:
             self._load()
+        return self.known(token)
+
+    def known(self, token: str | None) -> Caller | None:
+        """The same by what is in memory."""
         if not token:
             return None if self.needed else ANYONE
         wanted = hashed(token)
@@ -186,7 +190,8 @@ class Tokens:
         token, values = _new(Role.WORKER, "made at registration", machine_id, None)
         self._store.add_token(values)
         with self._lock:
-            self._know(_Known(values["hash"], Role.WORKER, machine_id, None))
+            self._live[values["hash"]] = _Known(values["hash"], Role.WORKER, machine_id, None)
+            self._of_machine.setdefault(machine_id, []).append(values["hash"])
         return token
 
     def revoke(self, identity: int) -> None:

@@ -13,7 +13,7 @@ import tarfile
 import tempfile
 from pathlib import Path
 
-from sqlalchemy import Connection, Engine, func, insert, select, text
+from sqlalchemy import Connection, Engine, insert, select, text
 
 from shared.errors import AlreadyThere, BadInput
 from shared.git import GitError, Repo
@@ -26,6 +26,7 @@ from .tables import Base
 
 FORMAT = 1
 CHUNK = 2000  #: rows copied at a time
+SHALLOW = "shallow"  #: git's file of where a campaign cloned with --depth ends; a bundle does not carry it
 
 
 def backup(settings: Settings, out: Path) -> None:
@@ -40,23 +41,31 @@ def backup(settings: Settings, out: Path) -> None:
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
         folder = Path(scratch)
         _copy(settings.database, sqlite_url(folder))
-        Repo(settings.state / "hub.git").run("bundle", "create", "--quiet", str(folder / "hub.bundle"), "--all")
+        hub = settings.state / "hub.git"
+        Repo(hub).run("bundle", "create", "--quiet", str(folder / "hub.bundle"), "--all")
         (folder / "backup.json").write_text(json.dumps({"format": FORMAT, "campaign": settings.repository}))
         partial = folder / "backup.tar"
         with tarfile.open(partial, "w") as tar:
             for name in ("backup.json", "swarm.sqlite", "hub.bundle"):
                 tar.add(folder / name, name)
+            if (hub / SHALLOW).exists():
+                tar.add(hub / SHALLOW, SHALLOW)
         partial.rename(out)
 
 
 def restore(settings: Settings, source: Path) -> None:
     """Brings a campaign's coordinator back; call with its lock held, so that none runs. Raises AlreadyThere where it
-    still has results, BadInput for a file that is no backup of this campaign; then nothing has changed."""
+    still has anything, BadInput for a file that is no backup of this campaign; then nothing has changed."""
     if not source.is_file():
         raise BadInput(f"{source}: no such file")
     settings.state.mkdir(parents=True, exist_ok=True)
-    if (settings.state / "hub.git").exists() or _holds_results(settings.database):
+    if (settings.state / "hub.git").exists():
         raise AlreadyThere(f"{settings.state}: a coordinator's state is here; move it aside first")
+    if _holds_rows(settings.database):
+        known = "the backup brings its own tokens, those made here meanwhile would end"
+        if settings.database == sqlite_url(settings.state):
+            raise AlreadyThere(f"{settings.state}: a coordinator's database is here; {known}: move it aside first")
+        raise AlreadyThere(f"--db: that database holds a coordinator's state; {known}: name an empty one")
     with tempfile.TemporaryDirectory(dir=settings.state, prefix=".restore.") as scratch:
         folder = Path(scratch)
         try:
@@ -69,7 +78,8 @@ def restore(settings: Settings, source: Path) -> None:
             raise BadInput(f"{source}: holds campaign {said.get('campaign')!r}, this is {settings.repository!r}")
         hub = folder / "hub.git"
         try:
-            Hub.restore(hub, folder / "hub.bundle")
+            shallow = folder / SHALLOW
+            Hub.restore(hub, folder / "hub.bundle", shallow.read_text() if shallow.exists() else "")
         except GitError as error:
             raise BadInput(f"{source}: its hub is damaged: {error}") from None
         _copy(sqlite_url(folder), settings.database)
@@ -77,12 +87,14 @@ def restore(settings: Settings, source: Path) -> None:
         (settings.state / MARKER).touch()
 
 
-def _holds_results(url: str) -> bool:
+def _holds_rows(url: str) -> bool:
+    """Whether it is in use: by a campaign that was served, or for tokens made before that."""
     engine = open_engine(url)
     try:
         migrate(engine)
         with engine.connect() as connection:
-            return bool(connection.execute(select(func.count()).select_from(Base.metadata.tables["campaign"])).scalar())
+            tables = Base.metadata.sorted_tables
+            return any(connection.execute(select(table).limit(1)).first() for table in tables)
     finally:
         engine.dispose()
 

@@ -18,8 +18,9 @@ from rich.table import Table
 from rich.text import Text
 
 import worker.cli  # the commands of one machine
-from shared.client import client_from
-from shared.errors import Refused
+from shared import git
+from shared.client import client_from, request_of
+from shared.errors import BadInput, Refused
 from shared.wire import Role, TokenOrder
 from worker.campaign import Campaign
 from worker.home import default_home
@@ -28,7 +29,7 @@ from worker.results import plain
 from worker.screen import TerminalScreen
 from worker.terminal import DataBar, Json, app, console, run_app, say, stopping
 
-from . import look
+from . import administer, look
 from .importing import command as importing
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ Coordinator = Annotated[
     str | None, typer.Option("--coordinator", help="The coordinator's address.", envvar="SWARM_COORDINATOR")
 ]
 
-COMMANDS = (worker.cli, look, importing)  #: importing them is what registers their commands
+COMMANDS = (worker.cli, look, administer, importing)  #: importing them is what registers their commands
 
 
 def main() -> None:
@@ -74,6 +75,7 @@ def serve(
     from . import serving
     from .settings import Limits
 
+    git.check_version()
     campaign = Campaign.open(directory)
     settings = serving.settings_of(campaign, db, Limits(keep_logs_days=keep_logs, keep_attic_days=keep_attic))
     with DataBar() as bar:
@@ -101,6 +103,7 @@ def be_worker(
     from worker.working import work
 
     os.environ.pop("SWARM_TOKEN", None)  # for us, not for what we start
+    git.check_version()
     stop = threading.Event()
     machine = detect(name)
     console.print(f"{machine.name} on {machine.accelerator or machine.chip} ({machine.machine_class}), for {url}")
@@ -116,6 +119,7 @@ def demo(
     """The whole swarm on this computer, in a new temporary directory: coordinator, local Ray, three machines."""
     from .demo import demo as show
 
+    git.check_version()
     show(minutes, console)
 
 
@@ -202,16 +206,17 @@ def _tokens(directory: Path, db: str | None) -> Iterator[Tokens]:
 def create_token(
     role: Annotated[Role, typer.Option(help="What its bearer may do.")],
     label: Annotated[str, typer.Option(help="A note for people.")] = "",
-    expires: Annotated[
-        float | None, typer.Option(min=0, help="Days that it is good for; for ever if left out.")
-    ] = None,
+    expires: Annotated[float | None, typer.Option(help="Days that it is good for; for ever if left out.")] = None,
     machine: Annotated[str | None, typer.Option(help="For role worker: the machine it is bound to.")] = None,
     directory: OfCampaign = Path(),
     db: Database = None,
     as_json: Json = False,
 ) -> None:
     """Make a token. It is shown once; only its hash is kept."""
-    order = TokenOrder(role=role, label=label, expires_s=expires * 86400 if expires else None, machine=machine)
+    if expires is not None and not expires > 0:
+        raise BadInput(f"--expires {expires:g}: days above 0; leave it out for a token that is good for ever")
+    seconds = None if expires is None else expires * 86400
+    order = request_of(TokenOrder, role=role, label=label, expires_s=seconds, machine=machine)
     with _tokens(directory, db) as live:
         made = live.make(order)
     say(as_json, made.model_dump(mode="json"), made.token)
@@ -278,10 +283,10 @@ def restore(
 ) -> None:
     """Bring a coordinator back from a backup; machines then send again what came after it."""
     from . import backup as backups
-    from . import serving
+    from . import lock, serving
 
     settings = serving.settings_of(Campaign.open(directory), db)
-    with serving.only_one(settings):
+    with lock.only_one(settings.state, settings.database):
         backups.restore(settings, source)
     say(as_json, {"restored": str(settings.state)}, f"restored to {settings.state}; next: swarm serve {directory}")
 

@@ -31,7 +31,7 @@ import psutil
 
 from shared.errors import BadInput, Refused, SwarmError
 from worker.home import default_home
-from worker.machine import slug
+from worker.machine import short_slug
 
 from .local_ray import FOLDER, is_ray_here, running_head, start_head, stop_head, use_token
 from .supervisor import State, Supervisor, Worker, node_of
@@ -96,7 +96,7 @@ class Node:
 def place(node: Mapping[str, Any], plan: Plan) -> Place | None:
     """The agent for one of ray.nodes(); None where it has no slot."""
     resources, labels = node["Resources"], node.get("Labels") or {}
-    host = slug(labels.get(HOST_LABEL) or node["NodeManagerHostname"].partition(".")[0])
+    host = short_slug(labels.get(HOST_LABEL) or node["NodeManagerHostname"].partition(".")[0])
     gpus, mlx = int(resources.get("GPU", 0)), int(resources.get("mlx", 0))
     count = plan.slots or 0
     reserve: dict[str, Any] = {"num_cpus": plan.cpus * count}
@@ -106,7 +106,7 @@ def place(node: Mapping[str, Any], plan: Plan) -> Place | None:
         count, reserve = mlx, {"num_cpus": 0, "resources": {"mlx": mlx}}
     if not count:
         return None
-    names = (host,) if count == 1 else tuple(f"{host}-{number}" for number in range(count))
+    names = (host,) if count == 1 else tuple(short_slug(host, f"-{number}") for number in range(count))
     return Place(node["NodeID"], host, node["NodeManagerAddress"], names, reserve)
 
 
@@ -350,7 +350,7 @@ def status() -> list[Node]:
             starting = "its agent is starting, or waits for accelerators that others use"
             waits = starting if id in agents else "no agent yet"
             here = place(node, plan) if plan and alive else None
-            host = here.host if here else slug(node["NodeManagerHostname"].partition(".")[0])
+            host = here.host if here else short_slug(node["NodeManagerHostname"].partition(".")[0])
             nodes.append(Node(id, host, node["NodeManagerAddress"], alive, None, (), waits if alive else "dead"))
     return sorted(nodes, key=lambda node: (node.host, node.id))
 

@@ -1,9 +1,10 @@
 """The hub: one bare repository that holds every machine's branch and attic, served by git's own smart HTTP.
 
-Invariants: a caller sees and changes what its Access says, nothing else; no ref is deleted or rewound; objects are
-never pruned (an attempt stays fetchable by its hash); a push that coordinator/prereceive.py does not let pass changes
-nothing. A request's git runs in a process group of its own and is gone when the request is over. Its rules come by
-environment, together with who asks; none stands in the repository's configuration.
+Invariants: a caller sees and changes what its Access says, nothing else; no request deletes or rewinds a ref, and what
+was pushed stays, fetchable by its hash, until `drop` takes its ref (an attic that `serve --keep-attic` lets go); a push
+that coordinator/prereceive.py does not let pass changes nothing. A request's git runs in a process group of its own and
+is gone when the request is over. Its rules come by environment, together with who asks; none stands in the repository's
+configuration. A caller, and one that stands still, leaves most turns to the others.
 NOT covered: who holds which token (`access` knows), what is announced to whom (`pushed`), TLS, rates.
 """
 
@@ -18,24 +19,33 @@ import re
 import shlex
 import shutil
 import signal
+import socket
 import sys
 import time
-from asyncio.subprocess import PIPE, Process
+import zlib
 from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
+from subprocess import Popen
 from typing import Any
+from weakref import WeakValueDictionary
 
+from shared.errors import SwarmError
 from shared.git import Repo
 
 from .auth import token_of
+from .stream import ABORT
 
 LIMIT_BYTES = 64 << 20  #: the largest push; a keep with 16 attempts is some 10 KB
 FRAMING_BYTES = 1 << 20  #: beside the pack; git refuses a pack over the limit in words, HTTP only what goes beyond this
+ASKED_BYTES = 8 << 20  #: the largest fetch request, unfolded: 160,000 wants and haves
 CHUNK_BYTES = 1 << 16
 AT_ONCE = 8  #: gits; the others wait
+EACH = 3  #: of them one caller's; all viewers are one, all administrators another
 NICE = 10  #: how far behind everything else a git stands
+IDLE_S = 30.0  #: a client that neither sends nor takes anything for so long, while it is its turn to, is let go
 DEADLINE_S = 600.0  #: a git that takes longer hangs
+RETRY_S = 5  #: after what will pass
 GRACE_S = 2.0  #: between asking a git to stop, when it removes what it began, and killing it
 STALE_S = 6 * 3600.0  #: what a killed git left half-written is removed after this
 MEMORY_KB = 4 << 20  #: for each git process: a few KB can unfold to a tree of gigabytes
@@ -59,10 +69,17 @@ SETTINGS = {
     "uploadpack.hideRefs": "refs/attic",
 }
 #: What git hears of the request's headers. Not its length: waiting for so much, http-backend spins once its input ends.
+#: Nor that it was compressed: we unfold it, to see how much it is.
 PASSED = {
     "CONTENT_TYPE": "content-type",
-    "HTTP_CONTENT_ENCODING": "content-encoding",
     "GIT_PROTOCOL": "git-protocol",
+}
+
+#: What a refusal's status goes with. Who stands still is not waited for: the rest of its request would be read.
+REFUSED_WITH = {
+    401: (b"www-authenticate", b'Basic realm="swarm"'),
+    408: (b"connection", b"close"),
+    503: (b"retry-after", str(RETRY_S).encode()),
 }
 
 Scope = MutableMapping[str, Any]
@@ -97,6 +114,18 @@ class Call:
         text = self.headers.get("content-length", "")
         return int(text) if text.isdecimal() else 0
 
+    @property
+    def limit(self) -> int:
+        """What its body may hold, unfolded."""
+        return ASKED_BYTES if self.service == READ else LIMIT_BYTES + FRAMING_BYTES
+
+    @property
+    def folded(self) -> bool:
+        return self.headers.get("content-encoding", "") in ("gzip", "x-gzip")
+
+    def too_large(self) -> Refusal:
+        return Refusal(413, f"a request may hold {self.limit >> 20} MiB")
+
 
 class Refusal(Exception):
     """An answer that is not git's."""
@@ -116,17 +145,21 @@ class Hub:
         paths: tuple[str, ...],
         access: Callable[[str | None], Access | None],
         pushed: Callable[[Access], Awaitable[None]],
+        idle_s: float = IDLE_S,
     ) -> None:
         """`paths`: what commits may change. `access` is called in a thread; None from it means: ask for a token.
 
-        `pushed` is awaited after each push that git brought to an end, the refused ones included: compare `refs`.
+        `pushed` is awaited after each push that git brought to an end, the refused ones included: compare `refs`. What
+        it raises goes to our log only: the push has happened, and its client would find nothing to push again.
         """
         self.path = path.absolute()
         self._route = re.compile(rf"/{re.escape(campaign)}\.git/(info/refs|{READ}|{PUSH})")
         self._paths = json.dumps(paths)
         self._access = access
         self._pushed = pushed
+        self._idle_s = idle_s
         self._turn = asyncio.Semaphore(AT_ONCE)
+        self._own: WeakValueDictionary[str | Access, asyncio.Semaphore] = WeakValueDictionary()  # while one is at it
         self._repo = Repo(self.path)
         hook = self.path / "hooks" / "pre-receive"
         hook.parent.mkdir(exist_ok=True)
@@ -153,12 +186,15 @@ class Hub:
         partial.rename(path)
 
     @staticmethod
-    def restore(path: Path, bundle: Path) -> None:
-        """Makes the bare repository from a backup's bundle, refs and all. Raises GitError for a damaged one."""
+    def restore(path: Path, bundle: Path, shallow: str = "") -> None:
+        """Makes the bare repository from a backup's bundle, refs and all; `shallow` is git's file of that name, which
+        no bundle carries. Raises GitError for a damaged one."""
         path.mkdir(parents=True)
         repo = Repo(path)
         repo.run("init", "--quiet", "--bare", "--template=", "--initial-branch=main", "--object-format=sha1")
         repo.run("config", "gc.auto", "0")
+        if shallow:
+            (path / "shallow").write_text(shallow)
         repo.run("fetch", "--quiet", "--no-tags", str(bundle.absolute()), "+refs/*:refs/*")
 
     def drop(self, refs: Iterable[str]) -> None:
@@ -190,17 +226,26 @@ class Hub:
     # -- HTTP
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        client = Client(receive, send, self._idle_s, scope.get(ABORT))
         try:
             call = self._call(scope)
             access = await self._allowed(call)
-            async with self._turn:
-                await self._serve(call, access, receive, send)
+            await client.arrive()
+            own = self._own.setdefault(access.machine or access, asyncio.Semaphore(EACH))
+            async with own, self._turn:
+                if client.left:
+                    raise Refusal(499, "the client has left")
+                await self._serve(call, access, client)
         except Refusal as refusal:
+            if client.answered:
+                return
             headers = [(b"content-type", b"text/plain; charset=utf-8"), (b"cache-control", b"no-cache")]
-            if refusal.status == 401:
-                headers.append((b"www-authenticate", b'Basic realm="swarm"'))
+            if refusal.status in REFUSED_WITH:
+                headers.append(REFUSED_WITH[refusal.status])
             await send({"type": "http.response.start", "status": refusal.status, "headers": headers})
             await send({"type": "http.response.body", "body": f"swarm hub: {refusal}\n".encode()})
+        finally:
+            client.forget()
 
     def _call(self, scope: Scope) -> Call:
         """What is asked for. Raises Refusal for everything but the smart protocol's three requests."""
@@ -219,7 +264,10 @@ class Hub:
         raise Refusal(404, "no such repository here, or not git's smart protocol")
 
     async def _allowed(self, call: Call) -> Access:
-        access = await asyncio.to_thread(self._access, token_of(call.headers.get("authorization", "")))
+        try:
+            access = await asyncio.to_thread(self._access, token_of(call.headers.get("authorization", "")))
+        except SwarmError as error:  # the database is away
+            raise Refusal(503, " ".join(str(error).split())) from None
         if access is None:
             raise Refusal(401, "a token of this swarm is needed (as the password; any user name)")
         if not access.reads:
@@ -228,41 +276,43 @@ class Hub:
             raise Refusal(403, "this token may read, not push")
         if call.service == PUSH and call.headers.get("content-encoding"):
             raise Refusal(415, "a push may not be compressed as a whole; its pack is")  # git's client never does that
-        if call.length > LIMIT_BYTES + FRAMING_BYTES:
-            raise Refusal(413, f"a request may hold {LIMIT_BYTES >> 20} MiB")
+        if call.length > call.limit:
+            raise call.too_large()
         return access
 
-    async def _serve(self, call: Call, access: Access, receive: Receive, send: Send) -> None:
-        git = await asyncio.create_subprocess_exec(
-            # macOS has no such limit. A push takes some ten processes: heartbeats go before them.
-            *("sh", "-c", f"ulimit -d {MEMORY_KB} 2>/dev/null; exec nice -n {NICE} git http-backend"),
-            stdin=PIPE,
-            stdout=PIPE,
-            stderr=PIPE,
-            env=self._environment(call, access),
-            start_new_session=True,
-        )
+    async def _serve(self, call: Call, access: Access, client: Client) -> None:
+        git, ends = await start(self._environment(call, access))
         work = Work(call, git)
-        feeding, listening = asyncio.create_task(work.feed(receive)), asyncio.create_task(work.listen())
+        beside: list[asyncio.Task[None]] = []
         try:
             async with asyncio.timeout(DEADLINE_S):
-                await work.relay(send)
-                await listening
-                code = await git.wait()
+                await work.connect(ends)
+                beside = [asyncio.create_task(work.feed(client)), asyncio.create_task(work.listen())]
+                await work.relay(client)
+                await beside[1]
+                code = await asyncio.to_thread(git.wait)  # at once: nobody writes any more
         except TimeoutError:
             code, work.cut = -1, Refusal(504, f"git took longer than {DEADLINE_S:.0f} s")
+        except Refusal as refusal:
+            code, work.cut = -1, refusal
         finally:
-            feeding.cancel()
-            listening.cancel()
+            for task in beside:
+                task.cancel()
             await asyncio.shield(work.end())
         if code or work.cut:
             log.warning("%s of %s: %s", call.service, access.machine, work.cut or work.said.decode(errors="replace"))
         elif call.service == PUSH and not call.advertise and work.taken > FLUSH_BYTES:
-            await self._pushed(access)
-        if not work.answered:
+            await self._announce(access)
+        if not client.answered:
             raise work.cut or Refusal(500, "git failed; the coordinator's log says why")
         if not work.cut:  # else the answer stays open-ended, and the server breaks the connection
-            await send({"type": "http.response.body", "body": b""})
+            await client.send({"type": "http.response.body", "body": b""})
+
+    async def _announce(self, access: Access) -> None:
+        try:
+            await self._pushed(access)
+        except Exception:
+            log.exception("a push of %s is not noted", access.machine)
 
     def _environment(self, call: Call, access: Access) -> dict[str, str]:
         """Everything that this git knows: nothing of ours beside PATH, no one's configuration, never the token."""
@@ -298,82 +348,200 @@ class Hub:
         return environment
 
 
+class Client:
+    """The other end of a request. A little of the body is read before a turn is asked for: most bodies are little."""
+
+    def __init__(self, receive: Receive, send: Send, idle_s: float, abort: Callable[[], None] | None) -> None:
+        self._receive, self._send = receive, send
+        self._idle_s, self._abort = idle_s, abort
+        self._ahead: bytes | None = None
+        self._whole = False  # the body has arrived
+        self._next: asyncio.Future[Message] | None = None
+        self.answered = False  #: the answer has begun
+
+    async def arrive(self) -> None:
+        """Returns when as much of the body is here as is read ahead. Raises Refusal."""
+        ahead = bytearray()
+        while not self._whole and len(ahead) < CHUNK_BYTES:
+            message = await self.receive()
+            if message["type"] != "http.request":
+                raise Refusal(499, "the client has left")
+            ahead += message.get("body", b"")
+        self._ahead = bytes(ahead)
+        self._next = asyncio.ensure_future(self._receive())  # tells, meanwhile, when it leaves
+
+    @property
+    def left(self) -> bool:
+        """Whether it is known to have left; with more of its body on the way than is read ahead, it is not."""
+        return self._next is not None and self._next.done() and self._next.result()["type"] != "http.request"
+
+    async def receive(self) -> Message:
+        """ASGI's next message. Raises Refusal when the rest of the body does not come."""
+        if self._ahead is not None:
+            ahead, self._ahead = self._ahead, None
+            return {"type": "http.request", "body": ahead, "more_body": not self._whole}
+        coming, self._next = self._next or asyncio.ensure_future(self._receive()), None
+        try:
+            async with asyncio.timeout(None if self._whole else self._idle_s):
+                message = await coming
+        except TimeoutError:
+            raise Refusal(408, f"nothing of the request came for {self._idle_s:.0f} s") from None
+        self._whole = not message.get("more_body", False)
+        return message
+
+    async def send(self, message: Message) -> None:
+        """Raises Refusal when the client does not take what was sent before."""
+        self.answered = True
+        try:
+            async with asyncio.timeout(self._idle_s):
+                await self._send(message)
+        except TimeoutError:
+            if self._abort is not None:  # closing would wait for it to take the rest
+                self._abort()
+            raise Refusal(408, f"nothing of the answer was taken for {self._idle_s:.0f} s") from None
+
+    def forget(self) -> None:
+        if self._next is not None:
+            self._next.cancel()
+
+
+async def start(environment: Mapping[str, str]) -> tuple[Popen[bytes], list[socket.socket]]:
+    """A git, and our ends of its stdin, stdout and stderr.
+
+    In a thread: uvloop forks this whole process on its own, which at 300 MB stops every heartbeat for 10 ms. With
+    sockets: uvloop closes a pipe that it is given twice, and by then the number may be another thread's file.
+    """
+
+    def begin() -> tuple[Popen[bytes], list[socket.socket]]:
+        ours, theirs = zip(*(socket.socketpair() for _ in range(3)), strict=True)
+        # macOS has no such limit. A push takes some ten processes: heartbeats go before them.
+        command = ["sh", "-c", f"ulimit -d {MEMORY_KB} 2>/dev/null; exec nice -n {NICE} git http-backend"]
+        stdin, stdout, stderr = theirs
+        try:
+            git = Popen(
+                command,
+                env=environment,
+                stdin=stdin.fileno(),
+                stdout=stdout.fileno(),
+                stderr=stderr.fileno(),
+                start_new_session=True,
+            )
+            return git, list(ours)
+        finally:
+            for end in theirs:
+                end.close()
+
+    starting = asyncio.ensure_future(asyncio.to_thread(begin))
+    try:
+        return await asyncio.shield(starting)
+    except asyncio.CancelledError:
+        git, ends = await starting
+        os.killpg(git.pid, signal.SIGKILL)
+        git.wait()
+        for end in ends:
+            end.close()
+        raise
+
+
 class Work:
     """One git at work on one request; ends with it."""
 
-    def __init__(self, call: Call, git: Process) -> None:
+    def __init__(self, call: Call, git: Popen[bytes]) -> None:
         self._call = call
         self._git = git
+        self._unfold = zlib.decompressobj(zlib.MAX_WBITS | 16) if call.folded else None
+        self._writers: list[asyncio.StreamWriter] = []
         self._whole = False  # the request's body has arrived
         self._asked = False  # to stop
-        self.taken = 0  #: bytes of it
+        self.taken = 0  #: bytes of it, unfolded
         self.said = b""  #: git's last words, for our log
-        self.answered = False  #: the answer has begun
         self.cut: Refusal | None = None  #: why git was stopped
 
-    async def feed(self, receive: Receive) -> None:
+    async def connect(self, ends: list[socket.socket]) -> None:
+        """Makes streams of them."""
+        readers = []
+        for end in ends:
+            reader, writer = await asyncio.open_unix_connection(sock=end)
+            readers.append(reader)
+            self._writers.append(writer)
+        self._stdin, (_, self._stdout, self._stderr) = self._writers[0], readers
+
+    async def feed(self, client: Client) -> None:
         """The request's body into git, until the client leaves; then git stops, unless a push needs nothing more."""
-        stdin = self._git.stdin
-        assert stdin is not None
-        while (message := await receive())["type"] == "http.request":
-            self.taken += len(message.get("body", b""))
-            if self.taken > LIMIT_BYTES + FRAMING_BYTES:
-                self._stop(Refusal(413, f"a request may hold {LIMIT_BYTES >> 20} MiB"))
-                return
-            with contextlib.suppress(ConnectionError):  # git has heard enough; its answer says why
-                stdin.write(message.get("body", b""))
-                await stdin.drain()
-            if not message.get("more_body", False):
-                self._whole = True
-                stdin.close()
+        try:
+            while (message := await client.receive())["type"] == "http.request":
+                plain = self._plain(message.get("body", b""))
+                with contextlib.suppress(ConnectionError):  # git has heard enough; its answer says why
+                    self._stdin.write(plain)
+                    await self._stdin.drain()
+                if not message.get("more_body", False):
+                    self._whole = True
+                    self._stdin.close()
+            why = Refusal(499, "the client has left")
+        except Refusal as refusal:
+            why = refusal
         if self._call.service == READ:
-            self._stop(Refusal(499, "the client has left"))
+            self._stop(why)
         elif not self._whole:  # half a push ends by itself, its pack's checksum missing, and leaves nothing behind
-            self.cut = Refusal(499, "the client has left")
-            stdin.close()
+            self.cut = why
+            self._stdin.close()
+
+    def _plain(self, data: bytes) -> bytes:
+        """What git gets of it. Raises Refusal for too much in all."""
+        if self._unfold is not None:
+            try:
+                data = self._unfold.decompress(data, self._call.limit - self.taken + 1)
+            except zlib.error:
+                raise Refusal(400, "the request is not gzip, as it says") from None
+        self.taken += len(data)
+        if self.taken > self._call.limit:
+            raise self._call.too_large()
+        return data
 
     async def listen(self) -> None:
-        assert self._git.stderr is not None
-        while chunk := await self._git.stderr.read(CHUNK_BYTES):
+        while chunk := await self._stderr.read(CHUNK_BYTES):
             self.said = (self.said + chunk)[-500:]
 
-    async def relay(self, send: Send) -> None:
+    async def relay(self, client: Client) -> None:
         """git's answer to the client, but for its end; CGI's `Status:` becomes HTTP's."""
-        stdout = self._git.stdout
-        assert stdout is not None
         try:
-            head = await stdout.readuntil(b"\r\n\r\n")
+            head = await self._stdout.readuntil(b"\r\n\r\n")
         except (asyncio.IncompleteReadError, asyncio.LimitOverrunError):
             return
         pairs = [line.partition(b":") for line in head.split(b"\r\n") if line]
         headers = [(name.strip().lower(), value.strip()) for name, _, value in pairs]
         status = next((int(value.split()[0]) for name, value in headers if name == b"status"), 200)
-        self.answered = True
         headers = [pair for pair in headers if pair[0] != b"status"]
-        await send({"type": "http.response.start", "status": status, "headers": headers})
-        while chunk := await stdout.read(CHUNK_BYTES):
-            await send({"type": "http.response.body", "body": chunk, "more_body": True})
+        chunk = await self._stdout.read(CHUNK_BYTES)  # git sends the head before it has heard what it is asked
+        if self.cut:
+            return
+        await client.send({"type": "http.response.start", "status": status, "headers": headers})
+        while chunk:
+            await client.send({"type": "http.response.body", "body": chunk, "more_body": True})
+            chunk = await self._stdout.read(CHUNK_BYTES)
 
     def _stop(self, why: Refusal) -> None:
         """Asks the first process only, once; git passes it on. A second SIGTERM would end it amid its clean-up."""
         self.cut = self.cut or why
-        if not self._asked and self._git.returncode is None:
+        if not self._asked and self._git.poll() is None:
             self._asked = True
             self._git.terminate()
 
     async def end(self) -> None:
         """Returns when no process of the group is left. What it had half-written may be: `repack` removes that."""
-        if self._git.returncode == 0:
-            return
-        self._stop(Refusal(499, "the server is going down"))
-        until = time.monotonic() + GRACE_S
-        while self._alive(0) and time.monotonic() < until:
-            await asyncio.sleep(0.02)
-        self._alive(signal.SIGKILL)
-        await self._git.wait()
+        if self._git.returncode != 0:
+            self._stop(Refusal(499, "the server is going down"))
+            until = time.monotonic() + GRACE_S
+            while self._alive(0) and time.monotonic() < until:
+                await asyncio.sleep(0.02)
+            self._alive(signal.SIGKILL)
+            await asyncio.to_thread(self._git.wait)
+        for writer in self._writers:
+            writer.close()
 
     def _alive(self, number: int) -> bool:
         """Sends the group a signal; whether there was someone to hear it."""
+        self._git.poll()  # a first process that has ended, and that nobody has asked about, would count
         try:
             os.killpg(self._git.pid, number)
         except (ProcessLookupError, PermissionError):  # macOS says the latter of a group of zombies

@@ -29,6 +29,14 @@ def spread(scores: Sequence[float]) -> tuple[float | None, float]:
     return mean, math.fsum((score - mean) ** 2 for score in scores)
 
 
+def agrees(scores: Sequence[float], sigma: float, sign: int) -> bool:
+    """Whether later runs of one code bear the first one out: their mean is not worse by more than two standard errors
+    of such a difference. `sign` is 1 where lower is better."""
+    first, again = scores[0], scores[1:]
+    worse = sign * (math.fsum(again) / len(again) - first)
+    return worse <= 2 * sigma * math.sqrt(1 + 1 / len(again))
+
+
 _COLUMNS = (
     "rank",
     "machine",

@@ -1,4 +1,4 @@
-"""Leases: what is queued for machines, who has it, and what closes it (decision 11).
+"""Leases: what is queued for machines, who has it, and what closes it (docs/decisions/0006-leases.md).
 
 Invariants: one holder at a time; only the latest attempt closes; everything that arrives is stored, whatever its lease
 has become. First queued, first granted. NOT covered: terms, which are counted in memory (presence.py) and whose end
@@ -8,7 +8,7 @@ the reaper brings here.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 from uuid import UUID, uuid4
 
 from sqlalchemy import ColumnElement, Row, func, insert, or_, select, update
@@ -130,15 +130,16 @@ class Leases:
         self._database.writer.call(job)
 
     @staticmethod
-    def release(t: Transaction, machine_id: int, keep: frozenset[UUID] = frozenset()) -> None:
-        """Returns what a machine holds, but for what it says it still works on."""
-        _return(t, (Lease.holder_id == machine_id,), "its machine is gone", keep)
+    def release(t: Transaction, machine_id: int) -> None:
+        """Returns all that a machine holds."""
+        _return(t, (Lease.holder_id == machine_id,), "its machine is gone")
 
     @staticmethod
-    def close(t: Transaction, machine: Member, identity: UUID, reference: wire.LeaseRef | None) -> bool:
-        """Whether a report closed its lease: its attempt is the latest, also where its term has run out."""
+    def close(t: Transaction, machine: Member, identity: UUID, reference: wire.LeaseRef | None) -> Row[Any] | None:
+        """The lease that a report closed (kind, experiment), if it closed its own: its attempt is the latest, also
+        where its term has run out."""
         if reference is None or reference.attempt < 1:
-            return False
+            return None
         closed = t.connection.execute(
             update(Lease)
             .where(
@@ -149,9 +150,11 @@ class Leases:
             )
             .values(state=LeaseState.DONE, holder_id=None, closed_by=identity)
         )
-        if closed.rowcount:
-            t.event("closed", lease=str(reference.id), attempt=reference.attempt, experiment=str(identity))
-        return bool(closed.rowcount)
+        if not closed.rowcount:
+            return None
+        t.event("closed", lease=str(reference.id), attempt=reference.attempt, experiment=str(identity))
+        about = select(Lease.kind, Lease.experiment).where(Lease.id == reference.id)
+        return cast(Row[Any], t.connection.execute(about).one())
 
     def all(self, state: LeaseState | None = None) -> list[wire.LeaseView]:
         """The latest first, a page of them at most."""
@@ -186,14 +189,10 @@ def _waiting(machine: Member) -> tuple[ColumnElement[bool], ...]:
     )
 
 
-def _return(
-    t: Transaction, where: tuple[ColumnElement[bool], ...], why: str, keep: frozenset[UUID] = frozenset()
-) -> None:
+def _return(t: Transaction, where: tuple[ColumnElement[bool], ...], why: str) -> None:
     gone = t.connection.execute(
         select(Lease.id, Lease.attempt).where(Lease.state == LeaseState.GRANTED, *where).order_by(Lease.position)
     ).all()
     for row in gone:
-        if row.id in keep:
-            continue
         t.connection.execute(update(Lease).where(Lease.id == row.id).values(state=LeaseState.QUEUED, holder_id=None))
         t.event("returned", lease=str(row.id), attempt=row.attempt, why=why)

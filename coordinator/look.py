@@ -354,7 +354,7 @@ def _show_row(row: ExperimentRow, as_json: bool) -> None:
 def show(identity: Id, coordinator: Coordinator = None, token: Token = None, as_json: Json = False) -> None:
     """All that is known of one experiment: the decision and why, its runs, where it comes from."""
     with asking(coordinator, token) as client:
-        view = client.experiment(_checked(identity))
+        view = client.experiment(experiment_id(identity))
         lineage = _lineage(client, view.kept or view.parent)
         metric = client.campaign().metric
     if as_json:
@@ -364,7 +364,7 @@ def show(identity: Id, coordinator: Coordinator = None, token: Token = None, as_
     _show_page(view, lineage, metric)
 
 
-def _checked(identity: str) -> str:
+def experiment_id(identity: str) -> str:
     if not re.fullmatch(r"[0-9A-Fa-f-]{4,40}", identity):
         raise BadInput(f"{plain(identity)!r}: give an experiment's id, or 4 characters or more of it or of its commit")
     return identity
@@ -434,7 +434,7 @@ def _step(step: LineageStep) -> tuple[object, ...]:
 def diff(identity: Id, coordinator: Coordinator = None, token: Token = None, as_json: Json = False) -> None:
     """An experiment's patch, as `git apply` takes it."""
     with asking(coordinator, token) as client:
-        patch = client.diff(_checked(identity))
+        patch = client.diff(experiment_id(identity))
         view = client.experiment(identity) if as_json else None
     if view is not None:
         print(as_json_text({"id": str(view.id), "diff": patch}))

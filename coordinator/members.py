@@ -77,7 +77,7 @@ class Members:
         """Only the writer's thread comes here, in commit order. Nobody who looks meanwhile misses a machine."""
         before = self._by_id.get(member.id)
         self._by_id[member.id] = self._by_name[member.name] = self._by_uid[member.uid] = member
-        if before is not None and before.name != member.name:
+        if before is not None and before.name != member.name and self._by_name.get(before.name) is before:
             del self._by_name[before.name]
 
     def named(self, name: str) -> Member:

@@ -184,7 +184,7 @@ def main(lines: Iterable[str], paths: list[str], pushes: list[str], unchecked: s
         if update.ref == MAIN or not (free or update.ref in pushes):
             refuse(f"{shown(update.ref.encode())} is not yours to push; yours: {', '.join(pushes) or unchecked}")
         if update.new == ABSENT:
-            refuse(f"{update.ref} cannot be deleted; nothing that was tried is lost here")
+            refuse(f"{update.ref} cannot be deleted; no push takes anything away here")
         if free and update.old != ABSENT and listed([update.old], [update.new]):
             refuse(f"{update.ref} only moves forward; {update.new[:12]} does not build on {update.old[:12]}")
         if not free:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from uuid import UUID
 
@@ -73,13 +73,19 @@ class Presence:
         with self._lock:
             self._seen[machine_id] = _Seen(now, now + self._silence_s, activity)
 
+    def restarted(self, machine_ids: Iterable[int]) -> None:
+        """All that were here before this process: each gets the full term of a swarm of that size."""
+        now = self._clock()
+        with self._lock:
+            self._seen.update((machine_id, _Seen(now, now, None)) for machine_id in machine_ids)
+            until = now + self._silence_s
+            for seen in self._seen.values():
+                seen.until = until
+
     def left(self, machine_id: int) -> None:
         with self._lock:
             self._seen.pop(machine_id, None)
             self._terms = {lease: term for lease, term in self._terms.items() if term.machine_id != machine_id}
-
-    def is_here(self, machine_id: int) -> bool:
-        return machine_id in self._seen
 
     def beat(self, machine_id: int, heartbeat: Heartbeat) -> tuple[UUID, ...]:
         """Renews the machine and the leases that it holds; returns those that it holds no longer."""
@@ -102,14 +108,14 @@ class Presence:
         with self._lock:
             self._terms.pop(lease, None)
 
-    def releases(self, lease: UUID, attempt: int, machine_id: int) -> bool:
-        """The machine gives a lease back; False when it holds it no longer."""
+    def has_term(self, lease: UUID) -> bool:
+        return lease in self._terms
+
+    def holds_lease(self, lease: UUID, attempt: int, machine_id: int) -> bool:
+        """Whether this grant is the machine's, and still running."""
         with self._lock:
             term = self._terms.get(lease)
-            if term is None or (term.attempt, term.machine_id) != (attempt, machine_id):
-                return False
-            del self._terms[lease]
-            return True
+            return term is not None and (term.attempt, term.machine_id) == (attempt, machine_id)
 
     def holds(self, machine_id: int, kind: Kind) -> bool:
         """Whether a machine has a running lease of this kind."""

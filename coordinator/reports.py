@@ -2,7 +2,8 @@
 
 Invariants: a report is stored whole or not at all, with its runs, idea, standing, lease and event in one commit; the
 same report twice changes nothing; what an experiment is (machine, number, idea, profile, rung, code) never changes. A
-result beyond the study's bounds is suspect until it is confirmed, somebody clears it, or an earlier one that now counts
+result beyond the study's bounds is suspect until it is confirmed (by runs that a lease asked for, never by a machine's
+own word), somebody clears it, or an earlier one that now counts
 puts it within them. NOT covered: who may report (service.py) and how much (api/machines.py).
 """
 
@@ -18,7 +19,7 @@ from sqlalchemy import Executable, Row, bindparam, delete, func, insert, select,
 from sqlalchemy.dialects import postgresql, sqlite
 
 from shared import wire
-from shared.wire import ExperimentReport, Status
+from shared.wire import ExperimentReport, Kind, Status
 
 from . import leaderboard
 from .database import Conflict, Database, Impossible, NotFound, clean, packed
@@ -39,6 +40,7 @@ _STORED = select(
     Experiment.machine_id,
     Experiment.suspect,
     Experiment.cleared,
+    Experiment.confirmed,
     Experiment.status,
     *(getattr(Experiment, name) for name in _IDENTITY),
 ).where(Experiment.id == bindparam("id"))
@@ -118,13 +120,15 @@ class Reports:
 
     def _store(self, t: Transaction, machine: Member, identity: UUID, report: ExperimentReport) -> wire.Accepted:
         stored = self._stored(t, machine, identity, report)
+        closed = self._leases.close(t, machine, identity, report.lease)
         if stored is not None and stored.version >= report.version:
-            closed = self._leases.close(t, machine, identity, report.lease)
-            return wire.Accepted(stored=False, suspect=stored.suspect, closed=closed)
+            return wire.Accepted(stored=False, suspect=stored.suspect, closed=closed is not None)
         before = stored.status if stored is not None else None
         group = (machine.id, report.profile, report.rung)
         standing = self._standings.of(t.connection, group)
-        values = self._values(report, stored, standing.best if standing is not None else None)
+        confirms = closed is not None and (closed.kind, closed.experiment) == (Kind.CONFIRM, identity)
+        confirmed = (stored is not None and stored.confirmed) or (confirms and self._agrees(report, standing))
+        values = self._values(report, stored, standing.best if standing is not None else None, confirmed)
         suspect: bool = values["suspect"]
         if stored is None:
             position = self._insert(t, machine, identity, report, values)
@@ -136,12 +140,19 @@ class Reports:
         for number, run in enumerate(report.runs):
             t.later(_INSERT_RUN, _run_row(position, number, run))
         self._count_idea(t, machine, report, position, before)
-        _tell(t, machine, identity, report, stored is None, suspect)
-        if standing is not None and standing.suspects and not suspect and (stored is None or stored.suspect):
-            self._believe_later(t, group, report.number)
-        self._standings.reported(t, machine, report, standing, before, suspect)
-        closed = self._leases.close(t, machine, identity, report.lease)
-        return wire.Accepted(stored=True, suspect=suspect, closed=closed)
+        _tell(t, machine, identity, report, stored is None, suspect, confirmed)
+        counts = not suspect and (stored is None or stored.suspect)
+        others = standing is not None and standing.suspects > 0 and counts
+        others = others and self._believe_later(t, group, report.number)
+        self._standings.reported(t, machine, report, standing, before, suspect, others)
+        return wire.Accepted(stored=True, suspect=suspect, closed=closed is not None)
+
+    def _agrees(self, report: ExperimentReport, standing: Row[Any] | None) -> bool:
+        """Whether the runs of a confirmation bear the first one out."""
+        scores = [run.score for run in report.runs if run.score is not None]
+        if standing is None or not standing.sigma or report.score is None or len(scores) < 2:
+            return False
+        return leaderboard.agrees(scores, standing.sigma, self._database.study.sign)
 
     @staticmethod
     def _stored(t: Transaction, machine: Member, identity: UUID, report: ExperimentReport) -> Row[Any] | None:
@@ -154,10 +165,12 @@ class Reports:
                 raise Conflict(f"experiment {identity} was reported with another {name} before")
         return stored
 
-    def _values(self, report: ExperimentReport, stored: Row[Any] | None, level: float | None) -> dict[str, Any]:
+    def _values(
+        self, report: ExperimentReport, stored: Row[Any] | None, level: float | None, confirmed: bool
+    ) -> dict[str, Any]:
         """What a version of a report sets. `level`: of HEAD, before it."""
         mean, squares = leaderboard.spread([run.score for run in report.runs if run.score is not None])
-        cleared = report.confirmed or (stored is not None and stored.cleared)
+        cleared = confirmed or (stored is not None and stored.cleared)
         suspect = not cleared and (
             (stored is not None and stored.suspect) or self._beyond(report.score, level) or self._beyond(mean, level)
         )
@@ -173,7 +186,7 @@ class Reports:
             "seconds": sum(run.seconds for run in report.runs),
             "kept": report.kept,
             "reason": clean(report.reason),
-            "confirmed": report.confirmed,
+            "confirmed": confirmed,
             "suspect": suspect,
             "cleared": cleared,
             "pruned": report.pruned,
@@ -225,8 +238,10 @@ class Reports:
 
     # -- suspects
 
-    def _believe_later(self, t: Transaction, group: Group, number: int) -> None:
-        """Looks again at the suspects after a result that now counts: they were held against an older HEAD."""
+    def _believe_later(self, t: Transaction, group: Group, number: int) -> bool:
+        """Looks again at the suspects after a result that now counts: they were held against an older HEAD. Whether
+        one of them counts now too."""
+        found = False
         here = here_of(group)
         later = t.connection.execute(
             select(Experiment.position, Experiment.number, Experiment.score, Experiment.mean)
@@ -239,6 +254,8 @@ class Reports:
                 t.connection.execute(
                     update(Experiment).where(Experiment.position == other.position).values(suspect=False)
                 )
+                found = True
+        return found
 
     def _beyond(self, score: float | None, level: float | None) -> bool:
         """Whether a score is better than the sanity bounds allow, HEAD being at `level`."""
@@ -253,7 +270,15 @@ class Reports:
         )
 
 
-def _tell(t: Transaction, machine: Member, identity: UUID, report: ExperimentReport, new: bool, suspect: bool) -> None:
+def _tell(
+    t: Transaction,
+    machine: Member,
+    identity: UUID,
+    report: ExperimentReport,
+    new: bool,
+    suspect: bool,
+    confirmed: bool,
+) -> None:
     t.event(
         "experiment" if new else "revised",
         machine.name,
@@ -266,7 +291,7 @@ def _tell(t: Transaction, machine: Member, identity: UUID, report: ExperimentRep
         profile=report.profile,
         rung=report.rung,
         suspect=suspect,
-        confirmed=report.confirmed,
+        confirmed=confirmed,
     )
 
 

@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from uuid import UUID
 
 from shared import wire
 from shared.task import TaskSpec
@@ -48,6 +47,8 @@ class Service:
     def __init__(self, campaign: Campaign, tag: str, base: str, settings: Settings, files: Files = NO_FILES) -> None:
         """Opens database and hub. Raises BadInput when the database is another campaign's."""
         self.settings, self.files, self.task = settings, files, campaign.task
+        self.unreadable: str | None = None  #: why the database could not be read the last time that the reaper tried
+        self.hub_noted = False  #: whether the database says of each branch what the hub holds
         self.epoch = secrets.token_hex(8)  #: of this start
         settings.state.mkdir(parents=True, exist_ok=True)
         self.stream = Stream(self._read_events)
@@ -60,9 +61,7 @@ class Service:
         self.campaign = campaign
         self.tokens = Tokens(self.store, settings.state)
         self.presence = Presence(settings.heartbeat_s, settings.lease_ttl_s)
-        for member in self.store.members.all():
-            if member.state is MachineState.ONLINE:
-                self.presence.arrived(member.id)
+        self.presence.restarted(m.id for m in self.store.members.all() if m.state is MachineState.ONLINE)
         for lease in self.store.leases.granted():
             self.presence.granted(lease.id, lease.attempt, lease.holder_id, Kind(lease.kind))
         prefix = f"{campaign.prefix}/" if campaign.prefix else ""
@@ -124,14 +123,26 @@ class Service:
     async def _pushed(self, access: Access) -> None:
         if access.machine is not None:
             await asyncio.to_thread(self.note_push, self.store.members.named(access.machine))
-            return
-        for member in self.store.members.all():  # an administrator's
-            if member.state is MachineState.IMPORTED:
-                await asyncio.to_thread(self.note_push, member)
+        else:  # an administrator's, of imported branches
+            self.hub_noted = False
+            await asyncio.to_thread(self.note_pushes)
 
     def note_push(self, member: Member) -> None:
+        """Raises StorageUnavailable; `note_pushes` makes up for it."""
+        self.hub_noted = False
         refs = self.hub.refs(member.branch, member.attic)
         self.store.pushed(member, refs.get(member.branch), refs.get(member.attic))
+        self.hub_noted = True
+
+    def note_pushes(self) -> None:
+        """All that the hub holds and the database does not say: of a push that a crash or a full disk cut short."""
+        refs = self.hub.refs()
+        stored = {branch.machine: (branch.commit, branch.attic) for branch in self.store.branches()}
+        for member in self.store.members.all():
+            commit, attic = refs.get(member.branch), refs.get(member.attic)
+            if (commit or attic) and stored.get(member.name) != (commit or self.store.study.base, attic):
+                self.store.pushed(member, commit, attic)
+        self.hub_noted = True
 
     # -- machines
 
@@ -154,9 +165,6 @@ class Service:
         token = None if caller.role is Role.WORKER else self.tokens.for_machine(member.id)
         self.presence.left(member.id)
         self.presence.arrived(member.id)
-        for lease in self.store.leases.granted() if registration.holds else ():
-            if lease.holder_id == member.id:
-                self.presence.granted(lease.id, lease.attempt, member.id, Kind(lease.kind))
         return wire.Registered(
             machine=member.name,
             branch=member.branch,
@@ -223,7 +231,7 @@ class Service:
 
     def fault(self) -> str | None:
         """What is wrong with storage now, in words."""
-        return self.disk_fault() or self.store.writer.fault
+        return self.disk_fault() or self.store.writer.fault or self.unreadable
 
     def assignment(self, member: Member) -> wire.Explore | wire.Confirm | wire.Replay | wire.Promote:
         """What a machine should do next: a lease that waits for it, else explore."""
@@ -259,9 +267,6 @@ class Service:
                     description=about.description,
                     rung=lease.rung,
                 )
-
-    def close_lease(self, lease: UUID) -> None:
-        self.presence.closed(lease)
 
 
 def sanity_of(task: TaskSpec) -> Sanity:

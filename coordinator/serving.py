@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import fcntl
 import ipaddress
 import os
 import signal
 import socket
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -29,10 +28,10 @@ from shared.wire import DataInfo
 from worker.campaign import Campaign
 from worker.machine import slug
 from worker.preparing import prepare
-from worker.setup import Bar
+from worker.setup import Bar, date_tag
 
 from .app import create_app
-from .database import open_engine
+from .lock import only_one
 from .service import NO_FILES, Files, Service
 from .settings import STATE, Limits, Settings, sqlite_url
 from .stream import Stream
@@ -90,39 +89,6 @@ def _seconds(name: str, default: float) -> float:
     return value
 
 
-@contextmanager
-def only_one(settings: Settings) -> Iterator[None]:
-    """One coordinator for a campaign, and one for a database. Raises Refused."""
-    settings.state.mkdir(parents=True, exist_ok=True)
-    with (settings.state / "lock").open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            raise Refused(f"{settings.state}: coordinator {file.read().strip() or '?'} is running here") from None
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
-        with _database_lock(settings.database):
-            yield
-
-
-@contextmanager
-def _database_lock(url: str) -> Iterator[None]:
-    """PostgreSQL may be shared by computers, so the lock lies there as well."""
-    if not url.startswith("postgres"):
-        yield
-        return
-    engine = open_engine(url)
-    try:
-        with engine.connect() as connection:
-            if not connection.exec_driver_sql("SELECT pg_try_advisory_lock(8420)").scalar():
-                raise Refused("another coordinator works on this database; stop it, or give this one its own (--db)")
-            yield
-    finally:
-        engine.dispose()
-
-
 def served_files(campaign: Campaign, progress: Bar) -> Files:
     """Prepares the campaign's data here, so that its digest is known and every machine can get the same."""
     task = campaign.task
@@ -159,8 +125,9 @@ def serve(
     for option, file in (("--tls-cert", address.tls_cert), ("--tls-key", address.tls_key)):
         if file is not None and not file.is_file():
             raise BadInput(f"{option} {file}: no such file")
-    with only_one(settings):
-        service = Service(campaign, _tag(), base, settings, served_files(campaign, progress))
+    over = threading.Event()  # another coordinator has the database
+    with only_one(settings.state, settings.database, over.set):
+        service = Service(campaign, date_tag(datetime.date.today()), base, settings, served_files(campaign, progress))
         try:
             if not address.loopback:
                 if not service.tokens.needed:
@@ -174,7 +141,7 @@ def serve(
                 url = address.url(listener.getsockname()[1])
                 ready(url)
                 sys.setswitchinterval(SWITCH_S)
-                server_of(service, address).run(sockets=[listener])
+                server_of(service, address, over).run(sockets=[listener])
         finally:
             service.close()
 
@@ -185,9 +152,12 @@ class _Server(uvicorn.Server):
     And returns: uvicorn raises the signal again that stopped it, which would end us with the database still open.
     """
 
-    def __init__(self, config: uvicorn.Config, stream: Stream) -> None:
+    def __init__(self, config: uvicorn.Config, stream: Stream, over: threading.Event) -> None:
         super().__init__(config)
-        self._stream = stream
+        self._stream, self._over = stream, over
+
+    async def on_tick(self, counter: int) -> bool:
+        return await super().on_tick(counter) or self._over.is_set()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._stream.end()
@@ -198,7 +168,8 @@ class _Server(uvicorn.Server):
         self.should_exit = True
 
 
-def server_of(service: Service, address: Address) -> uvicorn.Server:
+def server_of(service: Service, address: Address, over: threading.Event | None = None) -> uvicorn.Server:
+    """`over`: ends it, as a signal does."""
     config = uvicorn.Config(
         create_app(service, loopback=address.loopback),
         loop="uvloop",
@@ -213,12 +184,7 @@ def server_of(service: Service, address: Address) -> uvicorn.Server:
         ssl_certfile=address.tls_cert,
         ssl_keyfile=address.tls_key,
     )
-    return _Server(config, service.stream)
-
-
-def _tag() -> str:
-    """For a new campaign: the day, as the reference's tags are."""
-    return datetime.date.today().strftime("%b%d").lower()
+    return _Server(config, service.stream, over or threading.Event())
 
 
 def _socket(address: Address) -> socket.socket:

@@ -62,12 +62,15 @@ class Standings:
         standing: Row[Any] | None,
         before: str | None,
         suspect: bool,
+        others: bool,
     ) -> None:
         """Counts by one; levels from the few rows that they depend on, where this report can have changed them.
-        `standing` and `before` (the experiment's status, if it was stored) are from before this report."""
+        `standing` and `before` (the experiment's status, if it was stored) are from before this report. `others`:
+        it changed what is believed of other experiments."""
         group = (machine.id, report.profile, report.rung)
         new = before is None and report.number > 0
-        if standing is not None and new and not suspect and report.status is not Status.KEEP and len(report.runs) < 2:
+        alone = report.status is not Status.KEEP and len(report.runs) < 2 and not suspect and not others
+        if standing is not None and new and alone:
             # The common case, a discard: neither HEAD nor baseline nor a rerun, so it moves one number.
             t.connection.execute(_ONE_MORE, _where(group))
             return
@@ -116,7 +119,10 @@ class Standings:
         """Baseline, HEAD and noise of one machine; all but the counts of a standing. Suspects count for nothing."""
         sign, here = self._database.study.sign, here_of(group)
         columns = (Experiment.position, Experiment.score, Experiment.mean, Experiment.scored, Experiment.confirmed)
-        firsts = select(*columns).where(*here, ~Experiment.suspect, Experiment.number == 0)
+        # Scored: a baseline that failed, on a machine that has been mended since, is no level.
+        firsts = select(*columns).where(
+            *here, ~Experiment.suspect, Experiment.number == 0, Experiment.mean.is_not(None)
+        )
         first = connection.execute(firsts.order_by(Experiment.position).limit(1)).first()
         head = connection.execute(heads(here, *columns)).first()
         baseline = first.mean if first is not None else None

@@ -207,7 +207,12 @@ class Writer:
                     outcome.done.append((job, value))
                     outcome.events += transaction.events
                     outcome.consequences += transaction.consequences
-            transaction.flush()
+            try:
+                transaction.flush()
+            except TROUBLE:
+                raise
+            except Exception as error:  # one job's row; apart, that job alone has it
+                raise _Failed from error
         return outcome
 
     def _tell(self, events: list[Event], consequences: list[Callable[[], object]]) -> None:

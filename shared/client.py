@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 from uuid import UUID
 
 import httpx
@@ -21,6 +21,20 @@ from .wire import API, INCARNATION
 DEFAULT_URL = "http://127.0.0.1:8420"
 TIMEOUT_S = 10.0
 ASK_S = 2.0  #: for an assignment: no answer by then means, explore
+
+
+_Request = TypeVar("_Request", bound=BaseModel)
+
+
+def request_of(kind: type[_Request], **values: Any) -> _Request:
+    """A request of what a person typed. Raises BadInput, which names the option."""
+    try:
+        return kind(**values)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        name = str(problem["loc"][0])
+        option = {"machine_class": "class", "expires_s": "expires"}.get(name, name)
+        raise BadInput(f"--{option}: {problem['msg']}, found {problem['input']!r}") from None
 
 
 class Away(SwarmError):
@@ -48,10 +62,8 @@ class CoordinatorClient:
         Raises BadInput for an address that is none.
         """
         self.url, self.token = url.rstrip("/"), token
-        try:
-            self._http = http or httpx.Client(base_url=self.url, timeout=TIMEOUT_S, follow_redirects=False)
-        except httpx.InvalidURL as error:
-            raise BadInput(f"{url}: no address of a coordinator: {error}") from None
+        _check_address(url)
+        self._http = http or httpx.Client(base_url=self.url, timeout=TIMEOUT_S, follow_redirects=False)
         self.incarnation = 0
 
     def close(self) -> None:
@@ -265,6 +277,17 @@ class CoordinatorClient:
             after = answer.headers.get("Retry-After", "")
             raise Away(problem.detail, float(after) if after.isdigit() else None)
         raise Rejected(problem)
+
+
+def _check_address(url: str) -> None:
+    """httpx takes `localhost:8420` for an address too, of scheme `localhost`; every call would look like an outage."""
+    try:
+        parts = httpx.URL(url)
+        why = "" if parts.scheme in ("http", "https") and parts.host else "it must begin with http:// or https://"
+    except httpx.InvalidURL as error:
+        why = str(error)
+    if why:
+        raise BadInput(f"{url}: no address of a coordinator: {why}; one looks like http://localhost:8420")
 
 
 def client_from(url: str | None, token: str | None) -> CoordinatorClient:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import fcntl
 import os
+import re
 import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,7 +20,7 @@ from pathlib import Path
 os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")  # a missing git is our message to give, not an import error
 import git as gitpython
 
-from .errors import SwarmError
+from .errors import BadInput, SwarmError
 
 _SAFE = (
     "core.hooksPath=/dev/null",
@@ -33,6 +34,8 @@ _SAFE = (
 )
 
 
+NEEDED = (2, 32)  #: `repack --geometric`; GIT_CONFIG_COUNT and `--path-format` came with 2.31
+
 #: Set by a git that runs us (a hook, `git rebase --exec`); they would point our calls at the caller's repository.
 _CALLERS = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_OBJECT_DIRECTORY", "GIT_COMMON_DIR", "GIT_PREFIX")
 
@@ -45,6 +48,18 @@ def forget_caller() -> None:
 
 class GitError(SwarmError):
     """git refused; the message holds the command and git's last words."""
+
+
+def check_version() -> None:
+    """An older git would fail hours later, in words about an option. Raises BadInput."""
+    needed = f"git {NEEDED[0]}.{NEEDED[1]} or newer is needed"
+    try:
+        said = Repo(Path("/")).run("version")
+    except GitError as error:
+        raise BadInput(f"{error}; {needed}") from None
+    found = re.search(r"(\d+)\.(\d+)", said)
+    if found is None or (int(found[1]), int(found[2])) < NEEDED:
+        raise BadInput(f"{said} is too old: {needed}")
 
 
 class Repo:

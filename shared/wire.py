@@ -25,6 +25,7 @@ COMMIT = r"^[0-9a-f]{7,40}$"  #: whole from a machine; a log from elsewhere has 
 Commit = Annotated[str, Field(pattern=COMMIT)]
 IMPORTED = "refs/heads/imported/"  #: branches that an administrator brought, each named as its machine
 NO_COMMIT = "0" * 40  #: git's own word for none: a log from elsewhere does not name it
+Short = Annotated[str, Field(max_length=200)]
 Words = Annotated[str, Field(max_length=2000)]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$", max_length=63)]
 
@@ -89,11 +90,11 @@ class Hardware(Wire):
     """What a machine runs on."""
 
     host: Annotated[str, Field(max_length=255)] = ""
-    os: str = ""
-    chip: str = ""
+    os: Short = ""
+    chip: Short = ""
     cores: int = 0
     memory_gb: float = 0.0  #: the host's, GiB
-    accelerator: str | None = None
+    accelerator: Short | None = None
     accelerator_memory_gb: float | None = None
 
 
@@ -101,14 +102,14 @@ class Registration(Wire):
     """A worker introduces itself. The same `uid` is the same machine, whatever its name."""
 
     protocol: int = PROTOCOL
-    version: str  #: of ratchet-swarm
+    version: Short  #: of ratchet-swarm
     uid: UUID  #: made by the worker once, kept on its disk
     name: Name  #: the name it would like
     machine_class: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.-]*$", max_length=63)]
     backend: Literal["torch", "mlx"] = "torch"
     hardware: Hardware = Hardware()
-    can: tuple[str, ...] = (Kind.EXPLORE,)  #: the kinds of assignment that this version runs
-    holds: tuple[UUID, ...] = ()  #: leases that it still works on after a restart
+    #: The kinds of assignment that this version runs.
+    can: Annotated[tuple[Name, ...], Field(max_length=16)] = (Kind.EXPLORE,)
 
 
 class DataInfo(Wire):
@@ -248,7 +249,6 @@ class ExperimentReport(Wire):
     code_state: Annotated[str, Field(max_length=64)] = ""
     status: Status
     reason: Words = ""
-    confirmed: bool = False
     pruned: bool = False
     decided_at: int  #: unix seconds, the machine's clock
     runs: Annotated[tuple[RunReport, ...], Field(max_length=1000)] = ()

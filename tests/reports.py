@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 from uuid import UUID, uuid4
 
-from coordinator.database import Sanity, Study
+from coordinator.database import Conflict, Sanity, Study
 from coordinator.members import Member
 from coordinator.store import Store
 from shared import wire
@@ -115,6 +115,21 @@ class Machine:
     def again(self, identity: UUID, **other: Any) -> Accepted:
         """Reports an experiment once more, one version on."""
         return self.send(identity, revised(self.reports[identity], **other))
+
+    def asked(self, identity: UUID) -> LeaseRef | None:
+        """Is asked to confirm an experiment; None where it may not be."""
+        try:
+            self.store.leases.queue(order(identity, Kind.CONFIRM))
+        except Conflict:
+            return None
+        granted = self.store.leases.grant(self.member)
+        return LeaseRef(id=granted[0].id, attempt=granted[0].attempt) if granted else None
+
+    def confirms(self, identity: UUID, *scores: float | None) -> Accepted:
+        """Reports an experiment with the runs that it was asked for."""
+        reference = self.asked(identity)
+        assert reference is not None
+        return self.again(identity, scores=scores, lease=reference)
 
     def leased(self, reference: LeaseRef) -> tuple[UUID, Accepted]:
         """Reports an experiment that a lease was for."""

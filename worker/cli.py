@@ -31,7 +31,6 @@ from .setup import Setup, latest_state, locked, propose_tag
 from .terminal import DataBar, Json, app, console, say, stopping
 
 Here = Annotated[Path, typer.Option("--dir", "-C", help="The campaign's task directory.", show_default="here")]
-DEMO_EXPERIMENTS = 10
 
 
 @app.command()
@@ -46,6 +45,7 @@ def init(
     as_json: Json = False,
 ) -> None:
     """Make a campaign: from the template, or from an existing repository (which is copied, never written to)."""
+    git.check_version()
     if source is not None:
         if profile or backend or data:
             raise BadInput("--profile, --backend and --data belong to the template; with --from the repository decides")
@@ -104,6 +104,7 @@ def run(
     here: Here = Path(),
 ) -> None:
     """Research: set up where needed, run the baseline, then try ideas until Ctrl-C. A second call resumes."""
+    git.check_version()
     campaign = Campaign.open(here)
     machine = detect(name)
     if not yes and not sys.stdin.isatty():

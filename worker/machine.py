@@ -34,17 +34,21 @@ class MachineProfile:
 
 
 RESERVED = "promoted"  #: the branch of promoted ideas has this machine's name
+LONGEST = 63  #: letters of a machine's name; wire.Name says so too
 
 
 def detect(name: str | None = None) -> MachineProfile:
-    """This machine. Without accelerator it is of class `cpu`. Raises BadInput for a reserved name."""
+    """This machine. Without accelerator it is of class `cpu`. Raises BadInput for a name that is reserved or too long;
+    a host's is cut, because nobody chose it for us."""
     if slug(name or "") == RESERVED:
         raise BadInput(f"--name {name}: reserved for the branch of promoted ideas; take another")
+    if name and len(slug(name)) > LONGEST:
+        raise BadInput(f"--name {name}: has {len(slug(name))} characters, {LONGEST} are the most")
     chip = _chip()
     gpu = _nvidia()
     apple = apple_chip(chip)
     return MachineProfile(
-        name=slug(name or socket.gethostname().partition(".")[0]),
+        name=short_slug(name or socket.gethostname().partition(".")[0]),
         os=f"{platform.system()} {platform.release()}",
         chip=chip,
         cores=os.cpu_count() or 1,
@@ -59,6 +63,11 @@ def detect(name: str | None = None) -> MachineProfile:
 def slug(name: str) -> str:
     """A machine name that fits a git branch: lower-case letters, digits and dashes."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "machine"
+
+
+def short_slug(name: str, end: str = "") -> str:
+    """A slug that the coordinator takes as a machine's name, cut where it is too long, with `end` whole at its end."""
+    return slug(name)[: LONGEST - len(end)].rstrip("-") + end
 
 
 _NOT_THE_MODEL = re.compile(r"nvidia|geforce|gpu|generation|pcie|sxm\d*|hbm\w*|\d+gb")

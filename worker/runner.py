@@ -130,6 +130,7 @@ def run(order: Order, stop: threading.Event, watch: Callable[[Progress], None] =
     order.record.touch()
     started = time.monotonic()
     log.write_bytes(b"")
+    lines = log.open("rb")  # before the run can remove it
     with log.open("ab") as output:  # appending, so that a command's own redirection to run.log does no harm
         process = subprocess.Popen(
             ["/bin/sh", "-c", _REDIRECT.sub("", order.command)],
@@ -142,7 +143,7 @@ def run(order: Order, stop: threading.Event, watch: Callable[[Progress], None] =
             pass_fds=order.inherit,
         )
     try:
-        with order.record.open("rb") as events, log.open("rb") as lines:
+        with order.record.open("rb") as events, lines:
             watcher = _Watcher(order, process, events, lines, started)
             try:
                 killed = watcher.until_end(stop, watch)

@@ -65,9 +65,14 @@ def _machine_of(journal: Path) -> str | None:
         return None
 
 
+def date_tag(today: datetime.date) -> str:
+    """As in the reference: `mar5`."""
+    return f"{today:%b}{today.day}".lower()
+
+
 def propose_tag(campaign: Campaign, machine: str, today: datetime.date) -> str:
-    """A date tag as in the reference (`mar5`), numbered where the branch exists already."""
-    plain = f"{today:%b}".lower() + str(today.day)
+    """The day's tag, numbered where the branch exists already."""
+    plain = date_tag(today)
     repo, number, tag = git.Repo(campaign.root), 1, plain
     while repo.resolve(f"refs/heads/{branch_name(campaign, tag, machine)}"):
         number += 1

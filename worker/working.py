@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import random
+import re
 import shutil
 import tempfile
 import threading
@@ -16,12 +17,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
+from typing import TypeVar
 from uuid import UUID
 
 from shared import wire
 from shared.client import Away, CoordinatorClient, Rejected
 from shared.errors import BadInput, Refused, SwarmError
-from shared.git import Repo, http_environment
+from shared.git import GitError, Repo, http_environment
 from shared.prepare.constants import PROFILES
 from shared.prepare.data import EMBEDDED
 from shared.prepare.download import CLIMBMIX, Source, fetch
@@ -46,7 +48,13 @@ from .slot import hold
 
 RETRY_S = (1.0, 15.0)  #: first and longest wait for a coordinator that was never met
 LOCK_POLL_S = 0.2
+#: In git's words, an answer that stays: a 401 (git may not ask for a name), any other but "later", no repository.
+NO_FROM_HUB = re.compile(r"could not read Username|returned error: (?!429|5)|repository '.*' not found|Remote branch")
+#: And a coordinator that is not there, or no longer: no connection, "later", or a line that breaks in the middle.
+LINE_BROKE = re.compile(r"unable to access|RPC failed|hung up|early EOF|unexpected disconnect")
 CAN = (Kind.EXPLORE, Kind.CONFIRM)  #: the kinds of assignment that this version runs
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -117,9 +125,7 @@ def work(
         place = Place(CoordinatorClient(url), Identity.open(home, machine.name), machine, token)
         registered = _introduce(place, screen, stop)
         membership = _membership(place, registered)
-        if stop.is_set():
-            return
-        campaign = _clone(place, membership, registered)
+        campaign = _patiently(lambda: _clone(place, membership, registered), screen, stop)
         named = replace(machine, name=membership.machine)
         _bring_data(place, campaign, watched)
         setup = Setup(campaign, named, membership.tag, inherit=(held.fd,))
@@ -138,21 +144,33 @@ def _introduce(place: Place, screen: Screen, stop: threading.Event) -> Registere
     """
     known = place.identity.memberships.get(place.client.url)
     can_start_alone = known is not None and (place.identity.clone_folder(known) / ".git").is_dir()
-    wait = RETRY_S[0]
-    while not stop.is_set():
+
+    def meet() -> Registered | None:
         try:
             return register(place)
         except Away as error:
-            if can_start_alone:
-                screen.note(f"{error}; starting alone")
-                return None
+            if not can_start_alone:
+                raise
+            screen.note(f"{error}; starting alone")
+            return None
+
+    return _patiently(meet, screen, stop)
+
+
+def _patiently(attempt: Callable[[], T], screen: Screen, stop: threading.Event) -> T:
+    """What it returns once the coordinator is there. Raises _Stopped."""
+    wait = RETRY_S[0]
+    while not stop.is_set():
+        try:
+            return attempt()
+        except Away as error:
             screen.note(f"{error}; trying again in {wait:.0f} s")
             stop.wait(wait * random.uniform(0.8, 1.2))
             wait = min(wait * 2, RETRY_S[1])
     raise _Stopped
 
 
-def register(place: Place, holds: tuple[UUID, ...] = ()) -> Registered:
+def register(place: Place) -> Registered:
     """With this machine's own token, else with the one that a person gave. Raises Away or Rejected."""
     known = place.identity.memberships.get(place.client.url)
     registration = Registration(
@@ -171,7 +189,6 @@ def register(place: Place, holds: tuple[UUID, ...] = ()) -> Registered:
             accelerator_memory_gb=place.machine.accelerator_memory_gb,
         ),
         can=CAN,
-        holds=holds,
     )
     place.client.incarnation = 0
     own = known.token if known else None
@@ -204,7 +221,10 @@ def _membership(place: Place, registered: Registered | None) -> Membership:
 
 
 def _clone(place: Place, membership: Membership, registered: Registered | None) -> Campaign:
-    """This machine's own clone of the campaign, made at the first start. Raises Away, or BadInput for another base."""
+    """This machine's own clone of the campaign, made at the first start.
+
+    Raises Away, Refused where the hub says no, or BadInput for another base.
+    """
     folder = place.identity.clone_folder(membership)
     if not (folder / ".git").is_dir():
         for left in folder.parent.glob(f"{folder.name}.partial-*"):
@@ -212,10 +232,7 @@ def _clone(place: Place, membership: Membership, registered: Registered | None) 
         # A name of its own: the git of a killed worker may still be writing to the one before.
         partial = Path(tempfile.mkdtemp(prefix=f"{folder.name}.partial-", dir=folder.parent))
         try:
-            environment = http_environment(place.client.url, place.client.token)
-            flags = ["--quiet", "--single-branch", "--branch", "main"]
-            source = place.client.url + membership.repository
-            Repo(folder.parent).run("clone", *flags, source, str(partial), environment=environment)
+            _fetch_clone(place.client, membership.repository, partial)
             partial.rename(folder)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
@@ -223,6 +240,21 @@ def _clone(place: Place, membership: Membership, registered: Registered | None) 
     if registered is not None and Repo(folder).resolve("HEAD") != registered.campaign.base:
         raise BadInput(f"{folder}: is not at the campaign's base {registered.campaign.base[:12]}; move it aside")
     return Campaign.open(folder / membership.folder)
+
+
+def _fetch_clone(client: CoordinatorClient, repository: str, folder: Path) -> None:
+    """Raises Away, Refused, or GitError for what is wrong on this computer."""
+    flags = ["--quiet", "--single-branch", "--branch", "main"]
+    environment = http_environment(client.url, client.token)
+    try:
+        Repo(folder.parent).run("clone", *flags, client.url + repository, str(folder), environment=environment)
+    except GitError as error:
+        words = str(error)
+        if NO_FROM_HUB.search(words):
+            raise Refused(f"the hub refuses the campaign's code, so this machine cannot start: {words}") from None
+        if LINE_BROKE.search(words) and "certificate" not in words:
+            raise Away(words) from None
+        raise
 
 
 def _bring_data(place: Place, campaign: Campaign, bar: Bar) -> None:

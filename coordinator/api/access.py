@@ -38,6 +38,11 @@ class Gate:
 
         return check
 
+    def may_look(self, request: Request) -> bool:
+        """For what anybody may ask and not everybody hears whole. In memory: the database may be what is wrong."""
+        caller = self._service.tokens.known(token_of(request.headers.get("authorization", "")))
+        return caller is not None and caller.may(*LOOK)
+
     def _refusal(self, token: str | None) -> Refused:
         """Why a token, or none, does not open. A retired machine must hear that it is, so that its worker ends."""
         former = self._service.tokens.former(token)

@@ -42,6 +42,7 @@ def router(service: Service, gate: Gate) -> APIRouter:
     @routes.post("/machines/{name}/heartbeat", response_model=wire.HeartbeatReply)
     async def beat(heartbeat: Annotated[Heartbeat, Body(examples=[HEARTBEAT])], machine: Member = speaker) -> Any:
         """In memory only, unless the machine was offline. The reply says when to call again."""
+        check(heartbeat)
         lost = presence.beat(machine.id, heartbeat)
         if machine.state is MachineState.OFFLINE:
             await asyncio.to_thread(store.set_state, machine, MachineState.ONLINE)
@@ -55,8 +56,9 @@ def router(service: Service, gate: Gate) -> APIRouter:
     @routes.delete("/machines/{name}/leases/{lease}/{attempt}", status_code=204)
     def give_back(lease: UUID, attempt: int, machine: Member = speaker) -> None:
         """The machine cannot do it: back into the queue."""
-        if presence.releases(lease, attempt, machine.id):
+        if presence.holds_lease(lease, attempt, machine.id):
             store.leases.give_back(lease, attempt, f"{machine.name} gave it back")
+            presence.forget_lease(wire.LeaseRef(id=lease, attempt=attempt))  # once it is stored, else it runs out
 
     @routes.get("/machines/{name}/known")
     def known(machine: Member = speaker) -> dict[UUID, int]:

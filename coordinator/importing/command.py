@@ -14,11 +14,11 @@ import typer
 from pydantic import ValidationError
 
 from shared import wire
-from shared.client import CoordinatorClient, Rejected, client_from
+from shared.client import CoordinatorClient, Rejected, client_from, request_of
 from shared.errors import BadInput, Refused
 from shared.git import GitError, Repo, http_environment
 from shared.wire import CampaignInfo, ExperimentReport, Hardware, Registration, RunReport, Status
-from worker.machine import slug
+from worker.machine import short_slug
 from worker.reporting import fingerprint
 from worker.results import plain
 from worker.terminal import DataBar, Json, app, say
@@ -55,22 +55,18 @@ class Imported:
 
 def registration_of(session: Session, labels: Labels) -> Registration:
     """Without a class it gets one of its own: nothing says that its scores compare with others'."""
-    name = slug(labels.name or session.name)[:63].strip("-")
+    name = short_slug(labels.name or session.name)
     machine_class = labels.machine_class or name
-    try:
-        return Registration(
-            version=version("ratchet-swarm"),
-            uid=uuid5(ORIGIN, session.origin),
-            name=name,
-            machine_class=machine_class,
-            backend="mlx" if machine_class.startswith("mlx") else "torch",
-            hardware=Hardware(),
-            can=(),
-        )
-    except ValidationError as error:
-        problem = error.errors()[0]
-        where = "--class" if problem["loc"] == ("machine_class",) else "--name"
-        raise BadInput(f"{where}: {problem['msg']}, found {problem['input']!r}") from None
+    return request_of(
+        Registration,
+        version=version("ratchet-swarm"),
+        uid=uuid5(ORIGIN, session.origin),
+        name=name,
+        machine_class=machine_class,
+        backend="mlx" if machine_class.startswith("mlx") else "torch",
+        hardware=Hardware(),
+        can=(),
+    )
 
 
 def report_of(attempt: Attempt, uid: UUID, number: int, profile: str) -> tuple[UUID, ExperimentReport]:

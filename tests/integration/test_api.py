@@ -31,6 +31,7 @@ from shared.client import Away, CoordinatorClient, Rejected
 from shared.wire import API, INCARNATION, Kind, MachineState, Role, Status, TokenOrder
 from tests.hosting import LOCAL, hosted, http, listening, registration, report, talking, until
 
+UNKNOWN = uuid.UUID(int=7)
 PROBLEM = "application/problem+json"
 BOUNDARY = 2 * 1024 * 1024  #: of a request
 
@@ -279,11 +280,11 @@ def test_a_report_twice_is_stored_once_and_a_later_version_replaces_it(service: 
         before = service.store.writer.last_event
         assert client.report(name, first).stored is False
         assert service.store.writer.last_event == before
-        later = first.model_copy(update={"version": 2, "confirmed": True})
+        later = first.model_copy(update={"version": 2, "reason": "looked at again"})
         assert client.report(name, later).stored is True
         assert client.report(name, first).stored is False
         view = client.experiment(str(name))
-        assert (view.confirmed, view.number, view.run_reports[0].score) == (True, 1, 1.5)
+        assert (view.reason, view.number, view.run_reports[0].score) == ("looked at again", 1, 1.5)
         assert client.diff(str(name)) == first.diff
         assert client.known() == {name: 2}
         other = member(service, inner, "m2")
@@ -507,7 +508,7 @@ def test_a_question_that_is_none(lasting: Service, query: str) -> None:
     [
         ("GET", "/nothing", 404),
         ("GET", f"{API}/nothing", 404),
-        ("GET", f"{API}/experiments/{uuid.uuid4()}", 404),
+        ("GET", f"{API}/experiments/{UNKNOWN}", 404),
         ("GET", f"{API}/experiments/abcd", 404),
         ("GET", f"{API}/experiments/zz", 404),
         ("GET", f"{API}/experiments/abcd/diff", 404),
@@ -518,7 +519,7 @@ def test_a_question_that_is_none(lasting: Service, query: str) -> None:
         ("GET", f"{API}/data/../../etc/passwd", 404),
         ("PATCH", f"{API}/machines/nobody", 404),
         ("DELETE", f"{API}/machines/nobody", 404),
-        ("DELETE", f"{API}/leases/{uuid.uuid4()}", 404),
+        ("DELETE", f"{API}/leases/{UNKNOWN}", 404),
         ("DELETE", f"{API}/leases/x", 422),
         ("DELETE", f"{API}/tokens/999999", 404),
         ("DELETE", f"{API}/tokens/{2**63}", 422),
@@ -658,6 +659,17 @@ def test_a_full_disk_is_told_and_reports_wait(tmp_path: Path) -> None:
         health = inner.get("/healthz")
         assert health.status_code == 503
         assert "disk is full" in health.json()["storage"]
+
+
+def test_what_ails_storage_is_for_those_who_may_look(tmp_path: Path) -> None:
+    """A database's address is in such words."""
+    with hosted(tmp_path) as service, http(service, loopback=False) as inner:
+        service.settings = replace(service.settings, limits=Limits(free_bytes=2**62))
+        viewer = {"Authorization": f"Bearer {token(service, Role.VIEWER)}"}
+        joins = {"Authorization": f"Bearer {token(service, Role.JOIN)}"}
+        told = [inner.get("/healthz", headers=headers) for headers in ({}, joins, viewer)]
+        assert [answer.status_code for answer in told] == [503, 503, 503]
+        assert ["disk is full" in answer.json()["storage"] for answer in told] == [False, False, True]
 
 
 def metric(inner: Any, name: str, **labels: str) -> float:

@@ -15,6 +15,7 @@ import subprocess
 import threading
 import time
 import uuid
+import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -28,7 +29,10 @@ from starlette.applications import Starlette
 from starlette.routing import Mount
 
 from coordinator import hub as hub_module
-from coordinator.hub import Access, Hub, token_of
+from coordinator.app import _aborting
+from coordinator.hub import Access, Hub, Receive, Scope, Send, start, token_of
+from coordinator.stream import ABORT
+from coordinator.writer import StorageUnavailable
 from shared.task import load_task
 from tests import fast_task
 from tests.fast_task import git
@@ -54,6 +58,8 @@ class Site:
     tokens: dict[str, Access]
     pushed: list[Access] = field(default_factory=list)
     url: str = ""
+    closed: Exception | None = None  #: what asking about a token raises
+    deaf: Exception | None = None  #: what telling of a push raises
 
     def git(self, *arguments: str) -> str:
         return git(self.hub.path, *arguments)
@@ -163,7 +169,7 @@ def site(tmp_path: Path) -> Iterator[Site]:
 class served:
     """Sets up a campaign and its hub and serves it; ends with no thread and no process left."""
 
-    def __init__(self, folder: Path, prefix: str = "") -> None:
+    def __init__(self, folder: Path, prefix: str = "", idle_s: float = 30.0) -> None:
         source = folder / "source"
         fast_task.make(source, prefix=prefix)
         base = git(source, "rev-parse", "HEAD")
@@ -174,17 +180,26 @@ class served:
         pushed: list[Access] = []
 
         async def note(access: Access) -> None:
+            if self.site.deaf is not None:
+                raise self.site.deaf
             pushed.append(access)
 
-        hub = Hub(folder / "hub.git", "fast", (f"{front}train.py", f"{front}results.tsv"), self._access, note)
+        paths = (f"{front}train.py", f"{front}results.tsv")
+        hub = Hub(folder / "hub.git", "fast", paths, self._access, note, idle_s)
         self.site = Site(folder, source, base, prefix, hub, tokens, pushed)
 
     def _access(self, token: str | None) -> Access | None:
+        if self.site.closed is not None:
+            raise self.site.closed
         return self.site.tokens.get(token or "")
 
     def __enter__(self) -> Site:
         listening = socket.create_server(("127.0.0.1", 0))
-        app = Starlette(routes=[Mount("/git", app=self.site.hub)])
+        routes = Starlette(routes=[Mount("/git", app=self.site.hub)])
+
+        async def app(scope: Scope, receive: Receive, send: Send) -> None:
+            await routes({**scope, ABORT: _aborting(send)}, receive, send)
+
         config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5, lifespan="off", loop="uvloop")
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [listening]})
@@ -346,6 +361,20 @@ def test_a_compressed_request_is_understood_and_a_compressed_push_is_not(site: S
     assert httpx.post(f"{site.url}/git-receive-pack", content=gzip.compress(body), headers=headers).status_code == 415
 
 
+def test_a_fetch_request_is_limited_unfolded(site: Site) -> None:
+    headers = {"Authorization": "Bearer viewer", "Content-Type": "application/x-git-upload-pack-request"}
+    headers["Git-Protocol"] = "version=2"
+    haves = f"0032have {site.base}\n".encode() * 200_000
+    body = b"0011command=fetch0001" + haves + b"0000"
+    url, folded = f"{site.url}/git-upload-pack", gzip.compress(body)
+    assert len(folded) < 1 << 16
+    assert httpx.post(url, content=body, headers=headers).status_code == 413
+    headers["Content-Encoding"] = "gzip"
+    assert httpx.post(url, content=folded, headers=headers).status_code == 413
+    assert httpx.post(url, content=body[:1000], headers=headers).status_code == 400
+    until(lambda: not gits())
+
+
 def test_gits_own_compressed_request_works(site: Site) -> None:
     """git compresses a fetch's request over 1 KiB: one with many wants."""
     machine = site.offer("m1")
@@ -371,6 +400,31 @@ def test_keeps_and_attempts_land_and_are_announced(site: Site) -> None:
     assert site.hub.refs(ATTIC)[ATTIC] == git(machine.folder, "rev-parse", ATTIC)
     assert site.pushed == [member("m1")]
     site.git("fsck", "--strict", "--no-dangling")
+
+
+@pytest.mark.parametrize("trouble", [StorageUnavailable("the database is away"), RuntimeError("a bug")])
+def test_a_push_that_cannot_be_noted_has_happened_all_the_same(
+    site: Site, trouble: Exception, caplog: pytest.LogCaptureFixture
+) -> None:
+    machine = site.offer("m1")
+    machine.attempt(keep=True)
+    site.deaf = trouble
+    assert (done := machine.push()).returncode == 0, done.stderr
+    assert site.hub.refs(BRANCH) == {BRANCH: machine.best}
+    assert "a push of m1 is not noted" in caplog.text and str(trouble) in caplog.text
+    site.deaf = None
+    machine.attempt(keep=True)
+    assert machine.push().returncode == 0
+    assert site.pushed == [member("m1")]
+
+
+def test_without_a_database_there_is_an_answer(site: Site) -> None:
+    site.closed = StorageUnavailable("the database\nis away")
+    answer = httpx.get(f"{site.url}/info/refs?service=git-upload-pack", headers={"Authorization": "Bearer viewer"})
+    assert answer.status_code == 503
+    assert answer.text == "swarm hub: the database is away\n"
+    assert int(answer.headers["retry-after"]) > 0
+    assert "503" in call(site.folder, "viewer", "ls-remote", site.url).stderr
 
 
 def test_in_a_monorepo_only_the_tasks_files_may_change(tmp_path: Path) -> None:
@@ -440,7 +494,7 @@ BAD: dict[str, tuple[Bad, str]] = {
     "a tag": (lambda m: [f"{m.best}:refs/tags/x"], "refs/tags/x is not yours"),
     "replacements": (lambda m: [f"{m.best}:refs/replace/{m.site.base}"], "refs/replace/.* is not yours"),
     "an imported branch": (lambda m: [f"{m.best}:refs/heads/imported/x"], "imported/x is not yours"),
-    "a deletion": (lambda m: [f":{BRANCH}"], "cannot be deleted; nothing that was tried is lost"),
+    "a deletion": (lambda m: [f":{BRANCH}"], "cannot be deleted; no push takes anything away here"),
     "a deleted attic": (lambda m: [f":{ATTIC}"], "cannot be deleted"),
     "a rewind": (lambda m: [f"+{m.best}^:{BRANCH}"], "only moves forward; [0-9a-f]{12} does not build on its tip"),
     "a rewind to main": (lambda m: [f"+{m.site.base}:{BRANCH}"], "only moves forward"),
@@ -716,27 +770,142 @@ def address(site: Site) -> tuple[str, int]:
     return host, int(port)
 
 
-def head(length: int) -> bytes:
-    """The start of m1's push, by hand."""
-    text = "POST /git/fast.git/git-receive-pack HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer tok-m1\r\n"
-    kind = "Content-Type: application/x-git-receive-pack-request"
-    return f"{text}{kind}\r\nContent-Length: {length}\r\n\r\n".encode()
+def head(length: int, service: str = "receive-pack", token: str = "tok-m1") -> bytes:
+    """The start of a push or a fetch, by hand."""
+    lines = [f"POST /git/fast.git/git-{service} HTTP/1.1", "Host: x", f"Authorization: Bearer {token}"]
+    lines += [f"Content-Type: application/x-git-{service}-request", "Git-Protocol: version=2"]
+    return "\r\n".join([*lines, f"Content-Length: {length}", "", ""]).encode()
+
+
+def order(tip: str) -> bytes:
+    """What stands before a push's pack."""
+    line = f"{'0' * 40} {tip} {BRANCH}\0 report-status\n"
+    return f"{len(line) + 4:04x}{line}0000".encode()
+
+
+def half_push(site: Site) -> socket.socket:
+    """A push of m1 that has begun, with more of it than the hub reads before a git starts, and goes no further."""
+    blob = b"\xb0\x80\x80\x04" + zlib.compress(os.urandom(1 << 20))  # the first of 256 objects
+    client = socket.create_connection(address(site))
+    client.sendall(head(2_000_000) + order("1" * 40) + b"PACK\0\0\0\2\0\0\1\0" + blob[:200_000])
+    return client
+
+
+def incoming(site: Site) -> int:
+    """How many packs gits are at work on."""
+    return len(list((site.hub.path / "objects").glob("*incoming*")))
+
+
+def rest(client: socket.socket) -> bytes:
+    """What comes until the server ends the connection."""
+    client.settimeout(20)
+    found = b""
+    with contextlib.suppress(ConnectionResetError):
+        while chunk := client.recv(1 << 20):
+            found += chunk
+    return found
 
 
 def test_a_client_killed_midway_leaves_no_git_and_no_ref(site: Site) -> None:
     machine = site.offer("m1")
     machine.attempt(keep=True)
-    line = f"{'0' * 40} {machine.best} {BRANCH}\0 report-status\n"
-    start = f"{len(line) + 4:04x}{line}0000".encode() + b"PACK\0\0\0\2\0\0\1\0"
-    with socket.create_connection(address(site)) as client:
-        client.sendall(head(1_000_000) + start)
-        until(lambda: list((site.hub.path / "objects").glob("*incoming*")))  # git is at work on the pack
+    with half_push(site):
+        until(lambda: incoming(site) == 1)
         assert gits()
     until(lambda: not gits())
-    until(lambda: not list((site.hub.path / "objects").glob("*incoming*")))
+    until(lambda: not incoming(site))
     assert set(site.hub.refs()) == {"refs/heads/main"}
     assert site.pushed == []
     assert machine.push().returncode == 0
+
+
+def test_requests_without_their_body_take_no_turn(site: Site) -> None:
+    machine = site.offer("m1")
+    machine.attempt(keep=True)
+    with contextlib.ExitStack() as held:
+        for token in ("viewer", "tok-m1"):
+            for _ in range(hub_module.AT_ONCE):
+                client = held.enter_context(socket.create_connection(address(site)))
+                client.sendall(head(1000, "upload-pack", token))
+        assert call(site.folder, "viewer", "clone", "--quiet", site.url, "copy").returncode == 0
+        assert (done := machine.push()).returncode == 0, done.stderr
+
+
+def test_one_caller_leaves_turns_to_the_others(site: Site) -> None:
+    site.offer("m1")
+    machine = site.offer("m2")
+    machine.attempt(keep=True)
+    with contextlib.ExitStack() as held:
+        for _ in range(hub_module.AT_ONCE):
+            held.enter_context(half_push(site))
+        until(lambda: incoming(site) == hub_module.EACH)
+        assert (done := machine.push()).returncode == 0, done.stderr
+        assert call(site.folder, "viewer", "clone", "--quiet", site.url, "copy").returncode == 0
+        assert incoming(site) == hub_module.EACH
+    until(lambda: not gits())
+
+
+def test_who_left_while_it_waited_takes_no_turn(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = site.offer("m1")
+    machine.attempt(keep=True)
+    log, tool = site.folder / "gits", site.folder / "bin" / "git"
+    tool.parent.mkdir()
+    real = subprocess.run(["which", "git"], capture_output=True, text=True, check=True).stdout.strip()
+    tool.write_text(f'#!/bin/sh\n[ "$1" = http-backend ] && echo >> {log}\nexec {real} "$@"\n')
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tool.parent}:{os.environ['PATH']}")
+    with contextlib.ExitStack() as held:
+        for _ in range(hub_module.EACH):
+            held.enter_context(half_push(site))
+        until(lambda: incoming(site) == hub_module.EACH)
+        for _ in range(4):
+            with socket.create_connection(address(site)) as client:
+                client.sendall(head(len(order("1" * 40))) + order("1" * 40))
+    assert machine.push().returncode == 0  # comes after them
+    assert log.read_text() == "\n" * (hub_module.EACH + 2)
+
+
+def test_a_client_that_stands_still_is_let_go(tmp_path: Path) -> None:
+    with served(tmp_path, idle_s=0.3) as site:
+        machine = site.offer("m1")
+        machine.attempt(keep=True)
+        with socket.create_connection(address(site)) as client:
+            client.sendall(head(1000, "upload-pack", "viewer") + b"0011")
+            assert b"408" in rest(client).split(b"\r\n")[0]
+        with half_push(site) as client:
+            assert b"408" in rest(client).split(b"\r\n")[0]
+            assert not gits()
+        until(lambda: not incoming(site))
+        assert machine.push().returncode == 0
+
+
+def test_a_client_that_does_not_read_is_let_go(tmp_path: Path) -> None:
+    with served(tmp_path, idle_s=0.3) as site:
+        (site.source / "train.py").write_bytes(os.urandom(16 << 20))
+        git(site.source, "commit", "--quiet", "-am", "big")
+        git(site.hub.path, "fetch", "--quiet", str(site.source), "HEAD:refs/heads/big")
+        want = f"0032want {site.hub.refs()['refs/heads/big']}\n"
+        body = f"0011command=fetch0001{want}0009done\n0000".encode()
+        with socket.socket() as client:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
+            client.connect(address(site))
+            client.sendall(head(len(body), "upload-pack", "viewer") + body)
+            until(gits)
+            until(lambda: not gits())
+            answer = rest(client)
+            assert b" 200 " in answer.split(b"\r\n")[0] and len(answer) < 1 << 20  # what it had; the rest is gone
+
+
+def test_a_request_cancelled_while_its_git_starts_leaves_none() -> None:
+    async def cancelled() -> None:
+        starting = asyncio.create_task(start({"PATH": os.environ["PATH"]}))
+        await asyncio.sleep(0)
+        starting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await starting
+
+    asyncio.run(cancelled())
+    assert gits() == []
 
 
 def test_a_killed_git_client_leaves_no_git_behind(site: Site) -> None:

@@ -96,7 +96,8 @@ class Swarm:
         self.now += seconds
         for each in alive:
             self.beats(each)
-        transitions(SimpleNamespace(store=self.store, presence=self.presence))  # type: ignore[arg-type]
+        service = SimpleNamespace(store=self.store, presence=self.presence, hub_noted=True)
+        transitions(service)  # type: ignore[arg-type]
 
     def lease(self, identity: UUID) -> LeaseView:
         return next(view for view in self.store.leases.all() if view.id == identity)
@@ -230,8 +231,9 @@ def closed_before(swarm: Swarm, a: Machine, b: Machine, lease: LeaseRef) -> None
 
 
 def given_back(swarm: Swarm, a: Machine, b: Machine, lease: LeaseRef) -> None:
-    assert swarm.presence.releases(lease.id, lease.attempt, a.member.id)
+    assert swarm.presence.holds_lease(lease.id, lease.attempt, a.member.id)
     swarm.store.leases.give_back(lease.id, lease.attempt, "a gave it back")
+    swarm.presence.forget_lease(lease)
 
 
 def went_offline(swarm: Swarm, a: Machine, b: Machine, lease: LeaseRef) -> None:
@@ -239,9 +241,9 @@ def went_offline(swarm: Swarm, a: Machine, b: Machine, lease: LeaseRef) -> None:
     assert swarm.store.members.named("a").state is MachineState.OFFLINE
 
 
-def registered_again_holding_it(swarm: Swarm, a: Machine, b: Machine, lease: LeaseRef) -> None:
+def registered_again(swarm: Swarm, a: Machine, b: Machine, lease: LeaseRef) -> None:
     uid = swarm.store.machine_rows()[0].uid
-    a.member = swarm.store.register(registration("a", uid, holds=(uuid4(), lease.id)), PREFIX)
+    a.member = swarm.store.register(registration("a", uid), PREFIX)
 
 
 def restarted(swarm: Swarm, a: Machine, b: Machine, lease: LeaseRef) -> None:
@@ -260,7 +262,7 @@ def restarted(swarm: Swarm, a: Machine, b: Machine, lease: LeaseRef) -> None:
         (closed_before, False),
         (given_back, True),
         (went_offline, True),
-        (registered_again_holding_it, True),
+        (registered_again, True),
         (restarted, True),
     ],
 )
@@ -400,16 +402,24 @@ def test_a_machine_that_was_retired_holds_nothing(swarm: Swarm) -> None:
     assert swarm.grants(b) == LeaseRef(id=lease, attempt=2)
 
 
-def test_registering_again_without_holding_returns(swarm: Swarm) -> None:
-    a = swarm.joins("a")
+def test_registering_again_returns(swarm: Swarm) -> None:
+    a, b = swarm.joins("a"), swarm.joins("b")
     mine, other = swarm.queues(a), swarm.queues(a)
     assert swarm.grants(a)
-    assert swarm.grants(a)
-    uid = swarm.store.machine_rows()[0].uid
-    swarm.store.register(registration("a", uid, holds=(other,)), PREFIX)
+    assert swarm.grants(b)
+    swarm.store.register(registration("a", swarm.store.machine_rows()[0].uid), PREFIX)
     assert (swarm.lease(mine).state, swarm.lease(other).state) == (LeaseState.QUEUED, LeaseState.GRANTED)
-    swarm.store.register(registration("a", uid, holds=[uuid4() for _ in range(70_000)]), PREFIX)
-    assert swarm.lease(other).state is LeaseState.QUEUED
+
+
+def test_a_grant_whose_answer_was_lost_runs_out(swarm: Swarm) -> None:
+    """It is stored, and no term was ever counted."""
+    a = swarm.joins("a")
+    lease = swarm.queues(a)
+    assert swarm.store.leases.grant(a.member)
+    swarm.passes(1.0, a)
+    for _ in range(3):
+        swarm.passes(SILENCE_S - 1, a)
+    assert swarm.lease(lease).state is LeaseState.QUEUED
 
 
 def test_a_restart_gives_one_full_term(swarm: Swarm) -> None:

@@ -36,9 +36,9 @@ def test_a_later_version_replaces(store: Store) -> None:
     m1 = machine(store)
     m1.tries(1.0)
     identity = m1.tries(0.9)
-    assert m1.again(identity, scores=(0.9, 0.94), confirmed=True).stored
+    assert m1.again(identity, scores=(0.9, 0.94)).stored
     view = store.look.experiment(identity)
-    assert (view.score, view.mean, view.runs, view.confirmed) == (0.9, math.fsum((0.9, 0.94)) / 2, 2, True)
+    assert (view.score, view.mean, view.runs, view.confirmed) == (0.9, math.fsum((0.9, 0.94)) / 2, 2, False)
     assert [each.score for each in view.run_reports] == [0.9, 0.94]
     assert store.reports.known(m1.member)[identity] == 2
     assert [e.kind for e in store.look.events(0, 9)] == ["registered", "experiment", "experiment", "best", "revised"]
@@ -284,10 +284,56 @@ def test_a_confirmed_suspect_is_believed(bounded: Machine) -> None:
     store = bounded.store
     first, second = bounded.tries(0.85), bounded.tries(0.8)
     assert row(store).suspects == 2
-    assert not bounded.again(first, scores=(0.85, 0.86, 0.84), confirmed=True).suspect
+    assert not bounded.confirms(first, 0.85, 0.86, 0.84).suspect
+    assert store.look.experiment(first).confirmed
     assert [store.look.experiment(i).suspect for i in (first, second)] == [False, False]
     assert row(store).best == 0.8
     assert not bounded.again(second, scores=(0.8, 0.2)).suspect or store.look.experiment(second).suspect
+
+
+def test_runs_that_nobody_asked_for_or_that_disagree_confirm_nothing(bounded: Machine) -> None:
+    store = bounded.store
+    first = bounded.tries(0.85)
+    assert bounded.again(first, scores=(0.85, 0.85)).suspect  # its own runs: nobody asked
+    other = bounded.asked(first)
+    second = bounded.tries(0.84)
+    assert bounded.again(second, scores=(0.84, 0.84), lease=other).suspect  # asked for another
+    assert bounded.confirms(first, 0.85).suspect  # no other run
+    assert bounded.confirms(first, 0.85, None).suspect
+    assert bounded.confirms(first, 0.85, 5.0).suspect  # far off
+    assert not any(store.look.experiment(each).confirmed for each in (first, second))
+    assert not bounded.confirms(first, 0.85, 0.85).suspect
+    assert bounded.again(first, scores=(0.85, 0.85, 0.9)).stored
+    assert store.look.experiment(first).confirmed  # it stays
+
+
+def test_a_baseline_that_failed_first_is_no_level(store: Store) -> None:
+    """A machine without what the task needs reports a baseline that crashed; once mended it begins again."""
+    m1 = machine(store)
+    m1.tries(None, status=Status.CRASH, kept=None)
+    m1.number = 0
+    m1.tries(1.0)
+    m1.tries(0.8)
+    assert (row(store).baseline, row(store).best, row(store).gain) == (1.0, 0.8, pytest.approx(0.2))
+    before = standings(store)
+    store.standings.rebuild()
+    assert standings(store) == before
+
+
+def test_a_suspect_that_an_earlier_one_clears_counts_at_once(bounded: Machine) -> None:
+    """Reports that come late and out of order: a plain discard may change what is believed of others."""
+    store = bounded.store
+    m1 = machine(store, "m2")
+    m1.send(uuid4(), report(0, (0.9,)))
+    last, late = uuid4(), uuid4()
+    m1.send(last, report(10, (0.9,)))
+    m1.again(last, scores=(0.9, 1.1))
+    assert m1.send(late, report(5, (0.85,))).suspect  # HEAD stands at 1.0 now
+    m1.send(uuid4(), report(3, (0.95,), Status.DISCARD))
+    assert not store.look.experiment(late).suspect  # when it was tried HEAD stood at 0.9
+    before = standings(store)
+    store.standings.rebuild()
+    assert standings(store) == before
 
 
 def test_a_suspect_that_lost_its_runs(bounded: Machine) -> None:

@@ -89,7 +89,8 @@ class Chaos:
         status = self.random.choices([before.status, Status.KEEP, Status.DISCARD], [8, 1, 1])[0]
         if status is Status.KEEP and scores[0] is None:
             status = before.status
-        made = revised(before, scores=scores, status=status, confirmed=self.random.random() < 0.2)
+        lease = of.asked(identity) if self.random.random() < 0.2 else None
+        made = revised(before, scores=scores, status=status, lease=lease)
         if self.random.random() < 0.2:
             self.late.append((of, identity, made))
             made = revised(made, scores=[*scores, self.score(before.number)])
@@ -210,7 +211,7 @@ def test_baseline_and_best_are_means(store: Store) -> None:
     assert (row(store).baseline, row(store).best, row(store).runs) == (1.25, 1.25, 2)
     head = m1.tries(0.75)
     m1.tries(0.5, status=Status.DISCARD)
-    m1.again(head, scores=(0.75, 0.25, None), confirmed=True)
+    m1.confirms(head, 0.75, 0.25, None)
     now = row(store)
     assert (now.baseline, now.best, now.gain, now.runs, now.confirmed) == (1.25, 0.5, 0.75, 2, True)
     assert (now.experiments, now.keeps, now.lineage, now.experiment) == (2, 1, 1, head)

@@ -316,7 +316,7 @@ def test_an_outage_loses_nothing(url: str, open_store: Callable[..., Store], req
     m1.tries(1.0)
     noise = "".join(random.Random(1).choices("0123456789abcdef", k=200_000))  # a page or two would still fit
     waiting = {uuid4(): report(n, (1.0 - n / 100,), diff=noise) for n in range(1, 9)}
-    big = registration("m2", hardware=wire.Hardware(os=noise))
+    big = registration("m2", hardware=wire.Hardware.model_construct(os=noise))
     lease = uuid4()
 
     def send() -> list[Any]:

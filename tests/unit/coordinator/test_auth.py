@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,8 +16,10 @@ from coordinator.auth import ANYONE, LONGEST_S, MARKER, Caller, Tokens, hashed
 from coordinator.database import NotFound
 from coordinator.service import Service
 from coordinator.store import Store
+from coordinator.writer import StorageUnavailable
 from shared.errors import BadInput
 from shared.wire import MachineState, Role, TokenOrder
+from tests import postgres
 from tests.conftest import ROOT
 from tests.hosting import hosted, registration, until
 
@@ -142,6 +145,7 @@ import sys
 from pathlib import Path
 from coordinator.auth import Tokens
 from coordinator.store import Store
+from coordinator.writer import StorageUnavailable
 from shared.wire import TokenOrder
 store = Store(sys.argv[1])
 tokens = Tokens(store, Path(sys.argv[2]))
@@ -171,3 +175,43 @@ def test_two_changes_in_one_tick_of_the_clock_are_both_seen(service: Service) ->
         assert service.tokens.caller(made.token) is None
     finally:
         other_store.close()
+
+
+def test_a_machine_is_known_while_tokens_are_read_anew(service: Service) -> None:
+    tokens = service.tokens
+    for number in range(50):
+        service.store.register(registration(f"m{number}"), "autoresearch")
+    ours = [tokens.for_machine(number) for number in range(1, 51)]
+    over = threading.Event()
+    unknown: list[int] = []
+
+    def ask() -> None:
+        while not over.is_set():
+            unknown.extend(n for n, token in enumerate(ours) if tokens.known(token) is None)
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    for _ in range(30):
+        tokens.make(order(Role.VIEWER))
+    over.set()
+    asking.join()
+    assert unknown == []
+
+
+def test_a_revocation_that_could_not_be_read_is_read_again(tmp_path: Path) -> None:
+    try:
+        server = postgres.Server()
+    except postgres.Missing as missing:
+        pytest.skip(str(missing))
+    try:
+        with hosted(tmp_path, database=server.database()) as service:
+            made = service.tokens.make(order(Role.ADMIN))
+            assert service.tokens.caller(made.token)
+            Tokens(service.store, service.settings.state).revoke(made.id)  # as `swarm token revoke` does
+            server.stop()
+            with pytest.raises(StorageUnavailable):
+                service.tokens.caller(made.token)
+            server.start()
+            assert service.tokens.caller(made.token) is None
+    finally:
+        server.remove()

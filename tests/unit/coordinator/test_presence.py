@@ -39,13 +39,13 @@ def test_three_heartbeats_and_the_grace(presence: Presence, clock: Clock) -> Non
     presence.arrived(1)
     clock.now = 35.0
     assert presence.due().silent == ()
-    assert (presence.is_here(1), presence.seen_s(1), presence.count()) == (True, 35.0, 1)
+    assert (presence.seen_s(1), presence.count()) == (35.0, 1)
     clock.now = 35.1
     assert presence.due().silent == (1,)
     assert presence.due().silent == (1,)  # until it is stored
     presence.forget_machine(1)
     assert presence.due().silent == ()
-    assert (presence.is_here(1), presence.seen_s(1), presence.activity(1)) == (False, None, None)
+    assert (presence.seen_s(1), presence.activity(1)) == (None, None)
 
 
 def test_a_heartbeat_says_what_a_machine_does(presence: Presence, clock: Clock) -> None:
@@ -80,7 +80,7 @@ def test_silence_and_terms_stretch_with_the_interval(presence: Presence, clock: 
     assert (presence.interval_s, presence.ttl_s) == (10.0, 60.0)
     clock.now = 154.0
     assert presence.due() == presence.due()  # what was promised when it last called still holds
-    assert presence.is_here(1)
+    assert presence.seen_s(1) is not None
 
 
 def test_a_term_runs_out_unless_it_is_renewed(presence: Presence, clock: Clock) -> None:
@@ -104,7 +104,7 @@ def test_a_machine_heard_of_while_its_silence_is_stored_stays(presence: Presence
     assert presence.due().silent == (1,)
     beat(presence, 1)
     presence.forget_machine(1)
-    assert presence.is_here(1)
+    assert presence.seen_s(1) is not None
 
 
 @pytest.mark.parametrize(
@@ -126,8 +126,7 @@ def test_what_a_machine_holds(
     clock.now = 70.0
     assert presence.due().expired == (() if not lost else (LeaseRef(id=LEASE, attempt=2),))  # nobody else renews
     presence.granted(LEASE, 2, 1, Kind.REPLAY)
-    assert presence.releases(LEASE, attempt, machine) is (not lost)
-    assert presence.releases(LEASE, attempt, machine) is False
+    assert presence.holds_lease(LEASE, attempt, machine) is (not lost)
 
 
 def test_with_a_silent_machine_goes_what_it_held(presence: Presence, clock: Clock) -> None:
@@ -143,7 +142,7 @@ def test_with_a_silent_machine_goes_what_it_held(presence: Presence, clock: Cloc
     presence.forget_lease(due.expired[0])
     assert not presence.holds(1, Kind.PROMOTE)
     assert beat(presence, 1, (LEASE, 1)) == (LEASE,)
-    assert presence.is_here(1)
+    assert presence.seen_s(1) is not None
 
 
 def test_leaving_and_closing(presence: Presence) -> None:
@@ -156,4 +155,13 @@ def test_leaving_and_closing(presence: Presence) -> None:
     presence.left(1)
     presence.left(1)
     assert not presence.holds(1, Kind.REPLAY)
-    assert not presence.is_here(1)
+    assert presence.seen_s(1) is None
+
+
+def test_after_a_restart_each_of_many_gets_the_full_term_of_so_many(presence: Presence, clock: Clock) -> None:
+    presence.restarted(range(5000))
+    assert presence.interval_s == 50.0
+    clock.now = 154.0
+    assert presence.due().silent == ()
+    clock.now = 156.0
+    assert len(presence.due().silent) == 5000

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import Engine, create_engine, event, select
+from sqlalchemy import Engine, create_engine, event, insert, select
+from sqlalchemy.exc import IntegrityError
 
 from coordinator.database import migrate, open_engine
 from coordinator.tables import Event as Row
+from coordinator.tables import table
 from coordinator.writer import BATCH, StorageUnavailable, Transaction, Writer
 from shared.wire import Event
 
@@ -100,6 +102,19 @@ def test_what_waits_is_committed_together(writer: Open, engine: Engine) -> None:
     for future in futures:
         future.result()
     assert commits == 1 + 3
+
+
+def test_a_row_that_the_database_refuses_fails_its_own_job_only(writer: Open, engine: Engine) -> None:
+    """Though the rows of all jobs go there together."""
+    row = {"position": 1, "kind": "double", "at": 0, "machine": None, "data": {}}
+    open_ = writer()
+    with held(open_):
+        good, bad = open_.submit(says("good")), open_.submit(lambda t: t.later(insert(table(Row)), row))
+        after = open_.submit(says("after"))
+    assert (good.result(), after.result()) == ("good", "after")
+    with pytest.raises(IntegrityError):
+        bad.result()
+    assert stored(engine) == ["good", "after"]
 
 
 @pytest.mark.parametrize("alone", [True, False])

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from shared.errors import SwarmError
-from shared.git import GitError, Repo, clone, forget_caller, init
+from shared.errors import BadInput, SwarmError
+from shared.git import GitError, Repo, check_version, clone, forget_caller, init
 from tests.fast_task import git
 
 DATE = "2024-01-02T03:04:05+00:00"
@@ -534,6 +534,39 @@ def test_a_missing_git_is_said_so(repo: Repo, tmp_path: Path, monkeypatch: pytes
     monkeypatch.setenv("PATH", str(tmp_path / "elsewhere"))
     with pytest.raises(GitError, match="not installed or not on PATH"):
         repo.head()
+
+
+@pytest.mark.parametrize(
+    ("says", "fine"),
+    [
+        ("git version 2.32.0", True),
+        ("git version 2.39.5 (Apple Git-154)", True),
+        ("git version 2.50.0.windows.1", True),
+        ("git version 3.0", True),
+        ("git version 2.31.8", False),
+        ("git version 1.8.3.1", False),
+        ("something else", False),
+    ],
+)
+def test_a_git_that_is_too_old_is_named_with_what_is_needed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, says: str, fine: bool
+) -> None:
+    program = tmp_path / "git"
+    program.write_text(f"#!/bin/sh\necho '{says}'\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    if fine:
+        check_version()
+        return
+    with pytest.raises(BadInput) as caught:
+        check_version()
+    assert str(caught.value) == f"{says} is too old: git 2.32 or newer is needed"
+
+
+def test_a_missing_git_is_for_a_person_to_mend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path / "elsewhere"))
+    with pytest.raises(BadInput, match=r"not installed or not on PATH; git 2\.32 or newer is needed"):
+        check_version()
 
 
 def test_committing_a_file_that_is_not_there_is_an_error(repo: Repo) -> None:

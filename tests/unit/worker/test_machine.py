@@ -9,8 +9,11 @@ import psutil
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import TypeAdapter
 
-from worker.machine import apple_chip, cuda_class, detect, slug
+from shared.errors import BadInput
+from shared.wire import Name
+from worker.machine import apple_chip, cuda_class, detect, short_slug, slug
 
 without_gpu = pytest.mark.skipif(
     platform.system() != "Linux" or Path("/dev/nvidiactl").exists(), reason="needs Linux without an NVIDIA driver"
@@ -39,6 +42,21 @@ def test_a_machines_name_becomes_lower_case_letters_digits_and_dashes(name: str,
 def test_any_name_becomes_one_that_fits_a_branch_and_stays_so(name: str) -> None:
     assert re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", slug(name))
     assert slug(slug(name)) == slug(name)
+
+
+@given(st.text(max_size=200), st.sampled_from(["", "-7", "-12"]))
+@settings(deadline=None)
+def test_any_hosts_name_becomes_one_that_a_coordinator_takes(name: str, end: str) -> None:
+    short = short_slug(name, end)
+    assert TypeAdapter(Name).validate_python(short) == short
+    assert short.endswith(end)
+    assert slug(name).startswith(short.removesuffix(end))
+
+
+def test_a_name_that_a_person_chose_is_refused_rather_than_cut() -> None:
+    assert detect("m" * 63).name == "m" * 63
+    with pytest.raises(BadInput, match="has 64 characters, 63 are the most"):
+        detect("M" * 64)
 
 
 @pytest.mark.parametrize(
@@ -115,7 +133,7 @@ def test_this_computer_is_described_with_sensible_numbers() -> None:
 
 
 def test_without_a_name_the_hosts_is_taken() -> None:
-    assert detect().name == slug(platform.node().partition(".")[0])
+    assert detect().name == short_slug(platform.node().partition(".")[0])
 
 
 def test_a_computer_is_of_class_cpu_unless_it_has_an_accelerator() -> None:
