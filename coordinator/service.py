@@ -242,31 +242,15 @@ class Service:
         lease, about = granted
         self.presence.granted(lease.id, lease.attempt, member.id, Kind(lease.kind))
         reference = wire.LeaseRef(id=lease.id, attempt=lease.attempt)
-        ttl = self.presence.ttl_s
+        asked = {"lease": reference, "ttl_s": self.presence.ttl_s, "experiment": about.id}
+        code = {name: getattr(about, name) for name in ("idea", "tested", "parent", "description")}
         match Kind(lease.kind):
             case Kind.CONFIRM:
-                return wire.Confirm(lease=reference, ttl_s=ttl, experiment=about.id)
+                return wire.Confirm(**asked)
             case Kind.REPLAY:
-                return wire.Replay(
-                    lease=reference,
-                    ttl_s=ttl,
-                    experiment=about.id,
-                    idea=about.idea,
-                    tested=about.tested,
-                    parent=about.parent,
-                    description=about.description,
-                )
+                return wire.Replay(**asked, **code)
             case _:
-                return wire.Promote(
-                    lease=reference,
-                    ttl_s=ttl,
-                    experiment=about.id,
-                    idea=about.idea,
-                    tested=about.tested,
-                    parent=about.parent,
-                    description=about.description,
-                    rung=lease.rung,
-                )
+                return wire.Promote(**asked, **code, rung=lease.rung)
 
 
 def sanity_of(task: TaskSpec) -> Sanity:

@@ -30,7 +30,9 @@ from starlette.routing import Mount
 
 from coordinator import hub as hub_module
 from coordinator.app import _aborting
-from coordinator.hub import Access, Hub, Receive, Scope, Send, start, token_of
+from coordinator.auth import token_of
+from coordinator.exchange import Receive, Scope, Send, start
+from coordinator.hub import Access, Hub
 from coordinator.stream import ABORT
 from coordinator.writer import StorageUnavailable
 from shared.task import load_task
