@@ -20,13 +20,13 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from weakref import WeakValueDictionary
 
 from shared.errors import SwarmError
-from shared.git import Repo
+from shared.git import GitError, Repo
 
 from .auth import token_of
 from .exchange import (
@@ -156,10 +156,11 @@ class Hub:
             (path / "shallow").write_text(shallow)
         repo.run("fetch", "--quiet", "--no-tags", str(bundle.absolute()), "+refs/*:refs/*")
 
-    def drop(self, refs: Iterable[str]) -> None:
-        """Deletes refs and what only they held; what was pushed within a day stays."""
-        for ref in refs:
-            self._repo.run("update-ref", "-d", ref)
+    def drop(self, refs: Mapping[str, str]) -> None:
+        """Deletes refs that are still at these commits, and what only they held; what was pushed within a day stays."""
+        for ref, commit in refs.items():
+            with contextlib.suppress(GitError):  # it has moved: its machine is back
+                self._repo.run("update-ref", "-d", ref, commit)
         self._repo.run("repack", "--quiet", "-A", "-d", "-l", "--unpack-unreachable=1.day.ago")
         self._repo.run("prune", "--expire=1.day.ago")  # what an earlier call unpacked
 

@@ -46,6 +46,10 @@ def days_pass(service: Service, days: float) -> None:
             os.utime(path, (then, then))
 
 
+def base_of(service: Service) -> str:
+    return service.store.study.base
+
+
 def holds(service: Service, commit: str) -> bool:
     asked = subprocess.run(["git", "cat-file", "-e", commit], cwd=service.hub.path, capture_output=True, check=False)
     return asked.returncode == 0
@@ -72,6 +76,9 @@ def test_attics_of_machines_that_left_long_ago_go_and_nothing_else(tmp_path: Pat
         assert branches["here"].attic and branches["lately"].attic
         assert fast_task.git(service.hub.path, "fsck", "--connectivity-only") == ""
         tidy(service)  # nothing is left to do
+        here = service.store.members.named("here").attic
+        service.hub.drop({here: base_of(service)})  # it has moved since somebody looked
+        assert here in service.hub.refs()
         again, _ = attempt(service, "gone")  # it comes back
         assert holds(service, again)
 
