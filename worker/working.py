@@ -328,38 +328,12 @@ def _research(
     stop: threading.Event,
     bar: Bar,
 ) -> None:
-    campaign = setup.campaign
-    repo = Repo(campaign.root, membership.machine)
-    logs = setup.state / "logs"
-    member = Member(
-        place.client,
-        lambda: _again(place, campaign, membership),
-        registered,
-        Remote(
-            repo,
-            place.client.url + membership.repository,
-            f"refs/heads/{setup.branch}",
-            setup.workspace.attic,
-            lambda: setup.journal.head.kept if setup.journal.head else None,
-        ),
-        Outbox(setup.state / "refused.jsonl"),
-        lambda experiment: reporting.report(experiment, campaign.task, campaign.prefix, repo, logs),
-        screen.note,
-        stop,
-    )
-    told = _Told(screen, member.doing)
-    proposer = Search(campaign.task, seed=zlib.crc32(setup.branch.encode()))
-    expected = registered.campaign.digest if registered else None
+    member = _member(place, membership, registered, setup, screen, stop)
+    proposer = Search(setup.campaign.task, seed=zlib.crc32(setup.branch.encode()))
     member.beat()
     try:
-        loop = setup.loop(proposer, told, stop, bar, member)
-        if setup.prepared and expected and setup.prepared.digest != expected:
-            setup.undo_without_baseline()
-            raise BadInput(
-                f"prepare's digest here is {setup.prepared.digest[:12]}, the campaign's is {expected[:12]}: scores "
-                f"would not compare; remove rows and data of {campaign.task.data!r} in {cache_root(os.environ)}, or "
-                "upgrade so that both run the same release"
-            )
+        loop = setup.loop(proposer, _Told(screen, member.doing), stop, bar, member)
+        _same_measure(setup, registered)
         member.start(setup.journal.experiments)
         try:
             loop.establish()
@@ -379,6 +353,48 @@ def _research(
         member.close()
     if member.fault:
         raise superseded(member.fault)
+
+
+def _member(
+    place: Place,
+    membership: Membership,
+    registered: Registered | None,
+    setup: Setup,
+    screen: Screen,
+    stop: threading.Event,
+) -> Member:
+    campaign = setup.campaign
+    repo = Repo(campaign.root, membership.machine)
+    logs = setup.state / "logs"
+    remote = Remote(
+        repo,
+        place.client.url + membership.repository,
+        f"refs/heads/{setup.branch}",
+        setup.workspace.attic,
+        lambda: setup.journal.head.kept if setup.journal.head else None,
+    )
+    return Member(
+        place.client,
+        lambda: _again(place, campaign, membership),
+        registered,
+        remote,
+        Outbox(setup.state / "refused.jsonl"),
+        lambda experiment: reporting.report(experiment, campaign.task, campaign.prefix, repo, logs),
+        screen.note,
+        stop,
+    )
+
+
+def _same_measure(setup: Setup, registered: Registered | None) -> None:
+    """Raises BadInput, the set-up undone, where scores of this machine would not compare with the campaign's."""
+    expected = registered.campaign.digest if registered else None
+    if setup.prepared and expected and setup.prepared.digest != expected:
+        setup.undo_without_baseline()
+        raise BadInput(
+            f"prepare's digest here is {setup.prepared.digest[:12]}, the campaign's is {expected[:12]}: scores would "
+            f"not compare; remove rows and data of {setup.campaign.task.data!r} in {cache_root(os.environ)}, or "
+            "upgrade so that both run the same release"
+        )
 
 
 def _again(place: Place, campaign: Campaign, ours: Membership) -> Registered:
